@@ -1,0 +1,78 @@
+"""Every exception Veneer raises for a user.
+
+    VeneerError
+    ├── ConfigError (ValueError)           a LoraConfig that cannot be right
+    │   └── UnknownFieldError (TypeError)  a field that does not exist
+    ├── TargetError (ValueError)           names that match nothing, or layers that cannot be adapted
+    ├── AdapterNameError (ValueError)      an adapter name that is unknown, taken or not allowed
+    ├── AdapterFileError (ValueError)      an adapter folder that is missing, damaged or does not fit
+    ├── AttachError (RuntimeError)         a model in a state in which adapters cannot be attached
+    ├── MergeError (RuntimeError)          a merge that would be wrong
+    ├── RouteError (RuntimeError)          adapters switched where that would give wrong gradients
+    ├── DataError (ValueError)             a training row that cannot be used
+    ├── RunError (ValueError)              a run file or a command line that cannot be right
+    └── MissingPackageError (ImportError)  an optional package that is not installed
+
+    VeneerWarning (UserWarning)            something allowed that is probably not meant
+
+Each subclasses the built-in that its callers would expect, so code written for PEFT keeps its `except` clauses.
+"""
+
+from collections.abc import Sequence
+
+
+class VeneerError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(VeneerError, ValueError):
+    """A configuration that cannot be right."""
+
+
+class UnknownFieldError(ConfigError, TypeError):
+    """A configuration field that does not exist."""
+
+
+class TargetError(VeneerError, ValueError):
+    """Names that match nothing in the model, or layers that cannot be adapted."""
+
+
+class AdapterNameError(VeneerError, ValueError):
+    """An adapter name that is unknown, already taken or not allowed."""
+
+
+class AdapterFileError(VeneerError, ValueError):
+    """An adapter folder that is missing, damaged or does not fit the model."""
+
+
+class AttachError(VeneerError, RuntimeError):
+    """A model in a state in which adapters cannot be attached."""
+
+
+class MergeError(VeneerError, RuntimeError):
+    """A merge that would give wrong weights."""
+
+
+class RouteError(VeneerError, RuntimeError):
+    """Adapters were switched where that would give wrong gradients."""
+
+
+class DataError(VeneerError, ValueError):
+    """A training row that cannot be used."""
+
+
+class RunError(VeneerError, ValueError):
+    """A run file or a command line that cannot be right."""
+
+
+class MissingPackageError(VeneerError, ImportError):
+    """An optional package that is not installed."""
+
+
+class VeneerWarning(UserWarning):
+    """Something allowed that is probably not meant."""
+
+
+def bullet_list(headline: str, problems: Sequence[str]) -> str:
+    """A message that names every problem found: a headline and one indented line each."""
+    return "\n".join([headline, *(f"  {problem}" for problem in problems)])
