@@ -1,0 +1,75 @@
+"""The command line: `veneer COMMAND`. One file a command; each loads torch only once it runs."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from veneer._version import __version__
+from veneer.cli.chat import chat
+from veneer.cli.demo import demo
+from veneer.cli.init import init
+from veneer.cli.inspect import inspect
+from veneer.cli.merge import merge
+from veneer.cli.targets import targets
+from veneer.cli.train import train
+from veneer.errors import VeneerError, VeneerWarning
+
+app = typer.Typer(
+    name="veneer",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, init, train, chat, targets, inspect, merge):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"veneer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def veneer(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """LoRA fine-tuning: a thin trainable layer over a frozen model.
+
+    See it work: [bold]veneer demo[/bold]
+
+    On your own data: [bold]veneer init[/bold], [bold]veneer train run.yaml[/bold],
+    [bold]veneer chat runs/first/adapter[/bold]
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. An error of ours is printed to stderr without a traceback, with exit code 2."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", VeneerWarning)
+            warnings.showwarning = _show_warning
+        try:
+            app(args=None if arguments is None else list(arguments))
+        except VeneerError as error:
+            _say(type(error).__name__, str(error), "bold red")
+            sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    _say("Note", str(message), "yellow")
+
+
+def _say(label: str, message: str, style: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text.assemble((f"{label}: ", style), message), soft_wrap=True)

@@ -1,0 +1,5 @@
+"""`python -m veneer.cli`."""
+
+from veneer.cli import main
+
+main()

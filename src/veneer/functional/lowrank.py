@@ -1,0 +1,47 @@
+"""LoRA's own arithmetic: y = W x + s · B A x (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+Shapes: I in, O out, R rank, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scaling(alpha: float, rank: int, *, rslora: bool = False) -> float:
+    """The factor s of the update: alpha / r, or alpha / sqrt(r) when rank-stabilised.
+
+    rsLoRA: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
+    """
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def update_linear(x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """s · B A x, for x of shape (..., I); returns (..., O).
+
+    The scale multiplies the rank-thin product, which costs R instead of O a row.
+    """
+    return F.linear(F.linear(x, A_RI) * scale, B_OR)
+
+
+def update_embedding(
+    ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, *, padding_idx: int | None = None
+) -> Tensor:
+    """s · B A onehot(ids), for integer ids of shape (...); returns (..., O).
+
+    The row of `padding_idx` gets no gradient, as in `torch.nn.Embedding`.
+    """
+    return F.linear(F.embedding(ids, A_RV.T, padding_idx=padding_idx) * scale, B_OR)
+
+
+def delta(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """The update as a weight, s · B A, of shape (O, I)."""
+    return (B_OR * scale) @ A_RI
+
+
+def drop_whole_tokens(u: Tensor, p: float) -> Tensor:
+    """Dropout on a one-hot input, seen from its output: each token's update of shape (..., O) is kept whole or not."""
+    kept = torch.empty(u.shape[:-1], device=u.device, dtype=u.dtype).bernoulli_(1 - p)
+    return u * (kept / (1 - p)).unsqueeze(-1)

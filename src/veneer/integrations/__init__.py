@@ -1,0 +1,1 @@
+"""Names and arguments other libraries expect; nothing of LoRA itself lives here."""

@@ -1,0 +1,43 @@
+"""What a kind of layer must say so that it can be adapted; `KINDS` is the table.
+
+A kind is a handful of pure functions. To adapt a layer class of your own, register one:
+
+    register_kind(MyLinear, Kind("my_linear", dims=..., update=..., ...))
+
+Classes are looked up by name along the method resolution order, so nothing is imported to recognise a layer.
+"""
+
+from torch import nn
+
+from veneer.layers.kinds.conv1d import CONV1D
+from veneer.layers.kinds.embedding import EMBEDDING
+from veneer.layers.kinds.kind import Kind
+from veneer.layers.kinds.linear import LINEAR
+
+KINDS: dict[str, Kind] = {
+    "torch.nn.modules.linear.Linear": LINEAR,
+    "torch.nn.modules.sparse.Embedding": EMBEDDING,
+    "transformers.pytorch_utils.Conv1D": CONV1D,
+}
+
+
+def class_name(cls: type) -> str:
+    """The name a class is registered under, `module.QualifiedName`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def register_kind(cls: type[nn.Module], kind: Kind) -> None:
+    """Make layers of class `cls` (and its subclasses) adaptable."""
+    KINDS[class_name(cls)] = kind
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind of a layer, or None if no class it derives from is registered."""
+    for cls in type(layer).__mro__:
+        kind = KINDS.get(class_name(cls))
+        if kind is not None:
+            return kind
+    return None
+
+
+__all__ = ["CONV1D", "EMBEDDING", "KINDS", "LINEAR", "Kind", "class_name", "kind_of", "register_kind"]

@@ -1,0 +1,57 @@
+"""`torch.nn.Embedding`: W one-hot. Stored as (V, O), so the matrix is its transpose. O out, R rank, V vocabulary.
+
+Dropout of a one-hot input drops a token's whole update, or keeps it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from veneer.functional import lowrank
+from veneer.layers.kinds.kind import Kind
+
+
+def _dims(layer: nn.Module) -> tuple[int, int]:
+    return layer.embedding_dim, layer.num_embeddings
+
+
+def _update(layer: nn.Module, ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
+    u = lowrank.update_embedding(ids, A_RV, B_OR, scale, padding_idx=layer.padding_idx)
+    return u if p == 0 else lowrank.drop_whole_tokens(u, p)
+
+
+def _base_update(
+    layer: nn.Module, ids: Tensor, y: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float
+) -> tuple[Tensor, Tensor]:
+    u = lowrank.update_embedding(ids, A_RV, B_OR, scale, padding_idx=layer.padding_idx)
+    if p == 0:
+        return y, u
+    both = lowrank.drop_whole_tokens(torch.cat([y.to(u.dtype), u], dim=-1), p)
+    base, u = both.chunk(2, dim=-1)
+    return base, u
+
+
+def _transpose(W: Tensor) -> Tensor:
+    return W.T
+
+
+def _refuse(layer: nn.Module) -> str | None:
+    if layer.max_norm is not None:
+        return "its max_norm rewrites the weight in every forward pass, which is not available yet"
+    owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls) and issubclass(cls, nn.Embedding))
+    if owner is not nn.Embedding:
+        return f"{owner.__name__} computes more than a look-up (a scale, say), which is not available yet"
+    return None
+
+
+EMBEDDING = Kind(
+    name="embedding",
+    dims=_dims,
+    update=_update,
+    base_update=_base_update,
+    to_matrix=_transpose,
+    from_matrix=_transpose,
+    inits={True: "embedding_default", False: "normal_both"},
+    linear=False,
+    on_disk=("lora_embedding_A", "lora_embedding_B"),
+    refuse=_refuse,
+)

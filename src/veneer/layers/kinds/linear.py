@@ -1,0 +1,42 @@
+"""`torch.nn.Linear` and everything derived from it, quantised or not. Shapes: I in, O out, R rank."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.functional import lowrank
+from veneer.layers.kinds.kind import Kind
+
+
+def _dims(layer: nn.Module) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
+
+
+def _update(layer: nn.Module, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
+    return lowrank.update_linear(F.dropout(x, p), A_RI, B_OR, scale)
+
+
+def _base_update(
+    layer: nn.Module, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float
+) -> tuple[Tensor, Tensor]:
+    if p == 0:
+        base = y if layer.bias is None else y - layer.bias
+    else:
+        x = F.dropout(x, p)
+        base = F.linear(x, layer.weight.to(x.dtype))
+    return base, lowrank.update_linear(x, A_RI, B_OR, scale)
+
+
+def _identity(W_OI: Tensor) -> Tensor:
+    return W_OI
+
+
+LINEAR = Kind(
+    name="linear",
+    dims=_dims,
+    update=_update,
+    base_update=_base_update,
+    to_matrix=_identity,
+    from_matrix=_identity,
+    inits={True: "kaiming", False: "kaiming_both"},
+    linear=True,
+)

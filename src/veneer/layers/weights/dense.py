@@ -1,0 +1,23 @@
+"""Weights that are just floating-point tensors."""
+
+import torch
+from torch import Tensor, nn
+
+from veneer.layers.weights.store import Store
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _holds(layer: nn.Module) -> bool:
+    return type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dtype in _DTYPES
+
+
+def _read(layer: nn.Module) -> Tensor:
+    return layer.weight
+
+
+def _write(layer: nn.Module, W: Tensor) -> None:
+    layer.weight = nn.Parameter(W, requires_grad=False)
+
+
+DENSE = Store("dense", _holds, _read, _write)

@@ -1,0 +1,1 @@
+"""The whole model: attach, choose, merge, save and load adapters."""

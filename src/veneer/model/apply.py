@@ -1,0 +1,200 @@
+"""Attach and detach adapters, and choose which act. Plan, then act: nothing changes if anything is wrong."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Generator, Tensor, nn
+
+from veneer.config import LoraConfig
+from veneer.errors import AdapterNameError, MergeError
+from veneer.functional import dora
+from veneer.init import Factors, Weight, initialise
+from veneer.layers import attach, saved_module
+from veneer.layers.adapter import Adapter
+from veneer.layers.bias import TrainedBiases
+from veneer.layers.route import RoutedCheckpoint
+from veneer.layers.weights import read
+from veneer.model.overlay import (
+    Overlay,
+    hang,
+    overlay_made_for,
+    overlay_of,
+    own_parameters,
+    take_down,
+)
+from veneer.model.plan import Plan, plan
+from veneer.model.pretrained import keep_checkpoint_clean
+from veneer.model.tensors import copy_tensors, factor_keys
+from veneer.storage import keys
+from veneer.targets import Resolution, Site
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    float32: bool = True,
+    generator: Generator | None = None,
+) -> Plan:
+    """Attach a new adapter to a model. The first one freezes the base and becomes active; others wait.
+
+    tensors  the adapter's values by their names in an adapter file, already checked; None to initialise
+    float32  keep the adapter in float32 over a half-precision base, as training needs
+
+    Returns what was done. Raises what `plan` raises, and then nothing has changed.
+    """
+    todo = plan(model, name, config)
+    overlay = overlay_made_for(model)
+    adapters = [
+        _adapter(model, site, todo.config, tensors=tensors, float32=float32, generator=generator)
+        for site in todo.resolution.sites
+    ]
+    first = not overlay.configs
+    try:
+        for site, adapter in zip(todo.resolution.sites, adapters, strict=True):
+            attach.attach(model.get_submodule(site.path), name, adapter, overlay.route)
+        for path in todo.resolution.saved:
+            saved_module.keep_copy(model.get_submodule(path), name, overlay.route)
+    except BaseException:
+        _take_off(model, name, todo.resolution)
+        raise
+    if first:
+        model.requires_grad_(False)
+    if todo.resolution.biases:
+        overlay.biases[name] = TrainedBiases({path: model.get_parameter(path) for path in todo.resolution.biases})
+    overlay.configs[name] = todo.config
+    overlay.resolutions[name] = todo.resolution
+    overlay.trainable[name] = not todo.config.inference_mode
+    hang(model, overlay)
+    if tensors is not None:
+        copy_tensors(model, name, tensors)
+    protect_checkpointing(model)
+    keep_checkpoint_clean(model)
+    activate(model, (name,) if first else overlay.route.active)
+    return todo
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take an adapter off the model. With the last one nothing of Veneer is left on it, and the base is as it was."""
+    overlay = overlay_of(model)
+    if overlay is None:
+        raise AdapterNameError(f"There is no adapter {name!r}: the model has none.")
+    overlay.check_names([name])
+    if overlay.route.merged:
+        raise MergeError(f"Adapter {name!r} cannot be removed while {', '.join(overlay.route.merged)} is merged.")
+    if name in overlay.biases:
+        overlay.biases.pop(name).act(False, trainable=False)
+    _take_off(model, name, overlay.resolutions[name])
+    for table in (overlay.configs, overlay.resolutions, overlay.trainable):
+        table.pop(name)
+    keep_checkpoint_clean(model)
+    if overlay.configs:
+        activate(model, tuple(other for other in overlay.route.active if other != name))
+    else:
+        _unprotect_checkpointing(model)
+        take_down(model)
+
+
+def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
+    for site in resolution.sites:
+        attach.detach(model.get_submodule(site.path), name)
+    for path in resolution.saved:
+        saved_module.drop_copy(model.get_submodule(path), name)
+
+
+def activate(model: nn.Module, names: Iterable[str]) -> None:
+    """Let these adapters act, in this order, and only them train. Raises AdapterNameError for an unknown name."""
+    overlay = overlay_of(model)
+    names = tuple(names)
+    if overlay is None:
+        raise AdapterNameError("The model has no adapter.")
+    overlay.check_names(names)
+    overlay.route.set(active=names)
+    follow_route(model, overlay)
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Let the chosen adapters act, or none. Which parameters train does not change."""
+    overlay = overlay_of(model)
+    if overlay is None:
+        raise AdapterNameError("The model has no adapter.")
+    overlay.route.set(enabled=enabled)
+    _place_biases(overlay)
+
+
+def follow_route(model: nn.Module, overlay: Overlay) -> None:
+    """Make gradients and biases agree with the active adapters."""
+    for name in overlay.configs:
+        wanted = name in overlay.route.active and overlay.trainable[name]
+        for parameter in own_parameters(model, name):
+            parameter.requires_grad_(wanted)
+    _place_biases(overlay)
+
+
+def _place_biases(overlay: Overlay) -> None:
+    for name, biases in overlay.biases.items():
+        acting = name in overlay.route.acting
+        biases.act(acting, trainable=acting and overlay.trainable[name])
+
+
+def _adapter(
+    model: nn.Module,
+    site: Site,
+    config: LoraConfig,
+    *,
+    tensors: Mapping[str, Tensor] | None,
+    float32: bool,
+    generator: Generator | None,
+) -> Adapter:
+    layer = model.get_submodule(site.path)
+    dtype, device = _adapter_dtype(layer, float32), layer.weight.device
+    magnitude = None
+    if tensors is not None:
+        key_A, key_B = factor_keys(site)
+        factors = Factors(tensors[key_A].to(device, dtype), tensors[key_B].to(device, dtype))
+        if site.dora:
+            magnitude = tensors[keys.magnitude(site.path)].to(device, dtype)
+    else:
+        weight = Weight(*site.shape, device, lambda: site.kind.to_matrix(read(layer)))
+        made = initialise(_init_name(site, config), weight, site.rank, generator=generator)
+        factors = Factors(made.A.to(dtype), made.B.to(dtype))
+        if site.dora:
+            W_OI = site.kind.to_matrix(read(layer)).to(dtype)
+            magnitude = dora.row_norms(W_OI, factors.A, factors.B, site.scale)
+    return Adapter(site.kind, factors, scale=site.scale, dropout=site.dropout, magnitude=magnitude)
+
+
+def _init_name(site: Site, config: LoraConfig) -> str:
+    choice = config.init_lora_weights
+    if isinstance(choice, bool):
+        return site.kind.inits[choice]
+    return choice if site.kind.linear else site.kind.inits[True]
+
+
+def _adapter_dtype(layer: nn.Module, float32: bool) -> torch.dtype:
+    dtype = layer.weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2 or (float32 and dtype in _HALF):
+        return torch.float32
+    return dtype
+
+
+def protect_checkpointing(model: nn.Module) -> None:
+    """Let transformers' gradient checkpointing recompute on the route of forward time."""
+    overlay = overlay_of(model)
+    if overlay is None:
+        return
+    for module in model.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, RoutedCheckpoint):
+            vars(module)["_gradient_checkpointing_func"] = RoutedCheckpoint(function, overlay.route)
+
+
+def _unprotect_checkpointing(model: nn.Module) -> None:
+    for module in model.modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(function, RoutedCheckpoint):
+            vars(module)["_gradient_checkpointing_func"] = function.checkpoint

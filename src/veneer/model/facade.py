@@ -1,0 +1,282 @@
+"""PeftModel: a model with adapters that knows its task and its files, under PEFT's names."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Generator, Tensor, nn
+
+from veneer.config import LoraConfig, TaskType
+from veneer.errors import AttachError, ConfigError, VeneerWarning
+from veneer.model.apply import add_adapter
+from veneer.model.files import load_adapter, save_adapter
+from veneer.model.overlay import overlay_of
+from veneer.model.report import count_parameters, trainable_line
+from veneer.model.tuner import LoraModel
+from veneer.storage.hub import adapter_folder
+
+DEFAULT = "default"
+
+
+class PeftModel(nn.Module):
+    """A model with adapters. `base_model.model` is the user's own model; unknown attributes are its.
+
+    Made by `get_peft_model` or `PeftModel.from_pretrained`.
+    """
+
+    base_model: LoraModel
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig,
+        adapter_name: str = DEFAULT,
+        *,
+        autocast_adapter_dtype: bool = True,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        _refuse_second_facade(model)
+        add_adapter(
+            model,
+            adapter_name,
+            _with_base_name(peft_config, model),
+            float32=autocast_adapter_dtype,
+            generator=generator,
+        )
+        self.base_model = LoraModel(model)
+
+    @classmethod
+    def _over(cls, model: nn.Module) -> Self:
+        """The facade over a model that has its adapters already."""
+        facade = cls.__new__(cls)
+        nn.Module.__init__(facade)
+        facade.base_model = LoraModel(model)
+        return facade
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, with the active adapters."""
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not built yet, as while unpickling
+                raise
+            return getattr(self.base_model, name)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation. Warns if there is nothing to train."""
+        if mode and "base_model" in self._modules and not any(p.requires_grad for p in self.parameters()):
+            warnings.warn(
+                "Nothing here can be trained: the adapter was loaded for use. To go on training it, load it with "
+                "is_trainable=True, or call set_requires_grad(name, True).",
+                VeneerWarning,
+                stacklevel=2,
+            )
+        return super().train(mode)
+
+    def get_base_model(self) -> nn.Module:
+        """The user's own model, with the adapters on it."""
+        return self.base_model.model
+
+    @property
+    def active_peft_config(self) -> LoraConfig:
+        """The config of the first active adapter."""
+        return self.base_model.peft_config[self.base_model.active_adapters[0]]
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        """Attach one more adapter, which waits until `set_adapter`. See `LoraModel.add_adapter`.
+
+        low_cpu_mem_usage is there for PEFT's callers; nothing is ever allocated twice.
+        """
+        self.base_model.add_adapter(
+            adapter_name,
+            _with_base_name(peft_config, self.get_base_model()),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            generator=generator,
+        )
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is the base model."""
+        with self.base_model.disable_adapter():
+            yield
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write adapters in PEFT's format: `default` to the folder itself, each other one to a subfolder of its name.
+
+        Each folder is replaced in one step. Raises AdapterNameError or AdapterFileError.
+        """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False would write a pickle; adapters are written as safetensors.")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        if not is_main_process:
+            return
+        for name in names or [DEFAULT]:
+            folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
+            save_adapter(self.get_base_model(), name, folder, state=state_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = DEFAULT,
+        is_trainable: bool = False,
+        config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> "PeftModel":
+        """A model with a saved adapter on it, for use (or, with `is_trainable`, to go on training).
+
+        model_id  an adapter folder, or a hub id with `revision=`, `token=`, `cache_dir=`, … as on the hub
+
+        Raises AdapterFileError, ConfigError or TargetError, and then the model is as it was.
+        """
+        _refuse_second_facade(model)
+        folder = adapter_folder(model_id, subfolder=subfolder, **hub)
+        loaded = load_adapter(
+            model, adapter_name, folder, trainable=is_trainable, config=config, float32=autocast_adapter_dtype
+        )
+        facade = (task_class(loaded) if cls is PeftModel else cls)._over(model)
+        return facade if is_trainable else facade.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Load one more adapter, which waits until `set_adapter`. It goes where its layers are.
+
+        Raises what `from_pretrained` raises, and AdapterNameError if the name is taken.
+        """
+        if torch_device is not None:
+            raise ConfigError("torch_device: an adapter always goes to the device of the layer it belongs to.")
+        folder = adapter_folder(model_id, subfolder=subfolder, **hub)
+        load_adapter(
+            self.get_base_model(), adapter_name, folder, trainable=is_trainable, float32=autocast_adapter_dtype
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers in the parameters."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        print(trainable_line(self))
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For text generation."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For sequence-to-sequence generation."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For sequence classification; the head (`classifier` or `score`) is trained and saved too."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For token classification; the head (`classifier` or `score`) is trained and saved too."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For extractive question answering; the head (`qa_outputs`) is trained and saved too."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For embeddings."""
+
+
+TASK_CLASSES: Mapping[TaskType, type[PeftModel]] = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def task_class(config: LoraConfig) -> type[PeftModel]:
+    """The class for a config's task, PeftModel if it names none."""
+    return TASK_CLASSES[config.task_type] if isinstance(config.task_type, TaskType) else PeftModel
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    adapter_name: str = DEFAULT,
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> PeftModel:
+    """Freeze a model and lay a new trainable adapter over it, in place.
+
+    autocast_adapter_dtype  keep the adapter in float32 over a half-precision base
+    revision                of the base model, noted in the adapter's config
+    generator               where the adapter's random numbers come from
+
+    Raises ConfigError, TargetError, AdapterNameError or AttachError, and then the model is as it was.
+
+    >>> model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))  # doctest: +SKIP
+    """
+    if mixed:
+        raise ConfigError("mixed=True mixes adapter methods other than LoRA, which Veneer does not have.")
+    if not isinstance(peft_config, LoraConfig):
+        raise ConfigError(f"peft_config must be a LoraConfig, not {type(peft_config).__name__}.")
+    if revision is not None:
+        peft_config = peft_config.changed(revision=revision)
+    return task_class(peft_config)(
+        model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, generator=generator
+    )
+
+
+def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """A copy that names the base model, if the config does not and the model knows."""
+    name = vars(model).get("name_or_path") or None
+    if not isinstance(config, LoraConfig) or config.base_model_name_or_path is not None or name is None:
+        return config
+    return config.changed(base_model_name_or_path=name)
+
+
+def _refuse_second_facade(model: nn.Module) -> None:
+    if isinstance(model, PeftModel | LoraModel) or overlay_of(model) is not None:
+        raise AttachError(
+            "The model has adapters already. Call add_adapter or load_adapter on it for one more, or unload() first."
+        )

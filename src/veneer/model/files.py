@@ -1,0 +1,158 @@
+"""Between a model and an adapter folder: save one adapter, load one, with everything checked before anything changes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from veneer._version import __version__
+from veneer.config import LoraConfig
+from veneer.errors import AdapterFileError, bullet_list
+from veneer.model.apply import add_adapter
+from veneer.model.overlay import overlay_of
+from veneer.model.plan import plan
+from veneer.model.tensors import adapter_tensors, expected_shapes, repeated_keys
+from veneer.storage.adapter_file import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_header,
+    check_integrity,
+    read_config,
+    read_tensors,
+    read_weights_header,
+    write_adapter,
+)
+from veneer.storage.header import Header
+from veneer.targets import Resolution
+
+# What the numbers of an adapter go with. The weights file carries these too, so that an edited or exchanged
+# adapter_config.json is noticed.
+_TRAINED_WITH = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_NOTE = "veneer_trained_with"
+
+
+def save_adapter(model: nn.Module, name: str, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write adapter `name` to a folder in PEFT's format, in one step.
+
+    state  values to save instead of the model's, by their names in an adapter file (as gathered from shards)
+
+    Raises AdapterNameError, or AdapterFileError if the values are broken or incomplete.
+    """
+    overlay = overlay_of(model)
+    if overlay is None:
+        raise AdapterFileError(f"Nothing to save to {folder}: the model has no adapter (was it merged or unloaded?).")
+    overlay.check_names([name])
+    tensors = adapter_tensors(model, name) if state is None else dict(state)
+    expected = expected_shapes(model, overlay.resolutions[name])
+    wrong = [
+        f"{key}: {list(tensors[key].shape) if key in tensors else 'missing'}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key not in tensors or tuple(tensors[key].shape) != shape
+    ]
+    if wrong:
+        raise AdapterFileError(
+            bullet_list(f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):", wrong[:6])
+        )
+    config = overlay.configs[name]
+    on_disk = config.changed(inference_mode=True)
+    notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config), sort_keys=True)}
+    write_adapter(folder, on_disk.to_json(), {key: tensors[key] for key in expected}, metadata=notes)
+
+
+def load_adapter(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    *,
+    trainable: bool = False,
+    config: LoraConfig | None = None,
+    float32: bool = True,
+) -> LoraConfig:
+    """Attach the adapter in a folder under `name`; returns its config.
+
+    config  used instead of the folder's own
+
+    Raises ConfigError, TargetError, AdapterNameError or AdapterFileError, and then nothing has changed.
+    """
+    if config is None:
+        config = LoraConfig.from_dict(read_config(folder), source=str(Path(folder) / CONFIG_FILE))
+    config = config.changed(inference_mode=not trainable)
+    header = read_weights_header(folder)
+    _check_config_belongs(folder, config, header)
+    _check_rank(folder, config, header)
+    resolution = plan(model, name, config).resolution
+    tensors = _checked_tensors(model, folder, resolution, header)
+    return add_adapter(model, name, config, tensors=tensors, float32=float32).config
+
+
+def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]:
+    """The values in a folder that fit adapter `name` as it is on the model.
+
+    Raises AdapterFileError if they do not, or were trained with other settings.
+    """
+    overlay = overlay_of(model)
+    assert overlay is not None
+    header = read_weights_header(folder)
+    _check_config_belongs(folder, overlay.configs[name], header)
+    return _checked_tensors(model, folder, overlay.resolutions[name], header)
+
+
+def _checked_tensors(model: nn.Module, folder: Path, resolution: Resolution, header: Header) -> dict[str, Tensor]:
+    expected = expected_shapes(model, resolution)
+    repeated = repeated_keys(model, resolution)
+    check_header(folder, header, expected, repeated)
+    tensors = read_tensors(folder, header.tensors)
+    check_integrity(folder, header, tensors)
+    _check_repeats_base(model, folder, tensors, repeated)
+    return {key: tensors[key] for key in expected}
+
+
+def _trained_with(config: LoraConfig) -> dict[str, object]:
+    return {field: getattr(config, field) for field in _TRAINED_WITH}
+
+
+def _check_config_belongs(folder: Path, config: LoraConfig, header: Header) -> None:
+    note = header.metadata.get(_NOTE)
+    if note is None:
+        return
+    recorded, now = json.loads(note), _trained_with(config)
+    differing = [
+        f"{field}: trained with {recorded[field]!r}, the config says {now[field]!r}"
+        for field in _TRAINED_WITH
+        if field in recorded and recorded[field] != now[field]
+    ]
+    if differing:
+        raise AdapterFileError(
+            bullet_list(
+                f"{folder}: the weights were trained with other settings than the config says. Changing a setting "
+                "afterwards changes what the adapter computes (twice the lora_alpha, twice the influence):",
+                differing,
+            )
+        )
+
+
+def _check_rank(folder: Path, config: LoraConfig, header: Header) -> None:
+    """Say in one line that every rank differs, instead of listing every tensor."""
+    ranks = {info.shape[0] for key, info in header.tensors.items() if key.endswith("lora_A.weight") and info.shape}
+    if not config.rank_pattern and len(ranks) == 1 and ranks != {config.r}:
+        raise AdapterFileError(
+            f"{folder}: {CONFIG_FILE} says r={config.r}, {WEIGHTS_FILE} holds rank {ranks.pop()}. They belong to two "
+            "different adapters."
+        )
+
+
+def _check_repeats_base(
+    model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], repeated: Mapping[str, str | None]
+) -> None:
+    """Base weights in an adapter file must be this base's: PEFT adds them for embeddings and output heads."""
+    for key, parameter_name in repeated.items():
+        if key not in tensors or parameter_name is None:
+            continue
+        own, given = model.get_parameter(parameter_name), tensors[key]
+        if own.shape != given.shape or not torch.equal(own.detach().cpu(), given.to(own.dtype)):
+            raise AdapterFileError(
+                f"{Path(folder) / WEIGHTS_FILE} brings its own {parameter_name} {list(given.shape)}, which differs from "
+                f"this model's {list(own.shape)}: it was trained over a base with other or resized embeddings."
+            )

@@ -1,0 +1,87 @@
+"""What Veneer knows of a model it has laid adapters over. One `Overlay` hangs on each such model."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from veneer.config import LoraConfig
+from veneer.errors import AdapterNameError
+from veneer.layers.attach import Adapted
+from veneer.layers.bias import TrainedBiases
+from veneer.layers.route import Route
+from veneer.layers.saved_module import Saved
+from veneer.suggest import did_you_mean
+from veneer.targets import Resolution
+
+_ATTRIBUTE = "_veneer_overlay"
+
+
+@dataclass
+class Overlay:
+    """Everything by adapter name, and the route that the layers share.
+
+    trainable  whether the adapter may get gradients; False for one that was loaded for use
+    originals  while adapters are merged: the base weights by path, to be put back as they were
+    """
+
+    route: Route = field(default_factory=Route)
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    resolutions: dict[str, Resolution] = field(default_factory=dict)
+    biases: dict[str, TrainedBiases] = field(default_factory=dict)
+    trainable: dict[str, bool] = field(default_factory=dict)
+    originals: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise AdapterNameError if an adapter of one of these names does not exist."""
+        for name in names:
+            if name not in self.configs:
+                there = ", ".join(map(repr, self.configs)) or "none"
+                hint = did_you_mean(str(name), self.configs)
+                raise AdapterNameError(f"There is no adapter {name!r}{hint or f'; there are {there}.'}")
+
+
+def overlay_of(model: nn.Module) -> Overlay | None:
+    """The overlay of a model, or None if it never had an adapter."""
+    return vars(model).get(_ATTRIBUTE)
+
+
+def overlay_made_for(model: nn.Module) -> Overlay:
+    """The overlay of a model, made if it has none. Not yet hung on the model."""
+    return overlay_of(model) or Overlay()
+
+
+def hang(model: nn.Module, overlay: Overlay) -> None:
+    """Let the model carry the overlay, and its configs under the name that transformers reads."""
+    vars(model)[_ATTRIBUTE] = overlay
+    vars(model)["peft_config"] = overlay.configs
+
+
+def take_down(model: nn.Module) -> None:
+    """Leave no trace of the overlay on the model."""
+    vars(model).pop(_ATTRIBUTE, None)
+    vars(model).pop("peft_config", None)
+
+
+def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Adapted]]:
+    """(path, layer) of the layers on which adapter `name` lies, in the model's order."""
+    overlay = overlay_of(model)
+    assert overlay is not None
+    for site in overlay.resolutions[name].sites:
+        yield site.path, model.get_submodule(site.path)  # type: ignore[misc]
+
+
+def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Saved]]:
+    """(path, module) of the modules that adapter `name` trains in full."""
+    overlay = overlay_of(model)
+    assert overlay is not None
+    for path in overlay.resolutions[name].saved:
+        yield path, model.get_submodule(path)  # type: ignore[misc]
+
+
+def own_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """The parameters that belong to adapter `name` alone: factors, magnitudes, and its copies of saved modules."""
+    for _, layer in adapted_layers(model, name):
+        yield from layer.adapters[name].parameters()
+    for _, module in saved_modules(model, name):
+        yield from module.modules_to_save[name].parameters()

@@ -1,0 +1,1 @@
+"""Files. This room knows `dict[str, Tensor]` and JSON, never a module or a config, and reads nothing it must run."""

@@ -1,0 +1,181 @@
+"""An adapter on disk: a folder with `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
+
+Reading happens in two steps: names, shapes and dtypes first (no torch), values only when those are right.
+No pickle: `adapter_model.bin` is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import AdapterFileError, bullet_list
+from veneer.storage.header import Header, read_header
+from veneer.storage.write import write_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+MAX_CONFIG_BYTES = 1 << 20
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON object in `adapter_config.json`. Raises AdapterFileError naming the file, line and column."""
+    file = Path(folder) / CONFIG_FILE
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise AdapterFileError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes; no adapter's config is.")
+        text = file.read_bytes().decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise AdapterFileError(f"There is no {CONFIG_FILE} in {folder}{_what_is_there(Path(folder))}") from None
+    except OSError as error:
+        raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise AdapterFileError(f"{file} is not UTF-8 text.") from None
+    except json.JSONDecodeError as error:
+        raise AdapterFileError(
+            f"{file} is damaged or cut off: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except ValueError as error:
+        raise AdapterFileError(f"{file}: {error}") from None
+    if not isinstance(data, dict):
+        raise AdapterFileError(f"{file} must hold a JSON object, not a {type(data).__name__}.")
+    return data
+
+
+def read_weights_header(folder: Path) -> Header:
+    """Names, shapes and dtypes in `adapter_model.safetensors`. Raises AdapterFileError."""
+    file = Path(folder) / WEIGHTS_FILE
+    if not file.exists():
+        if (Path(folder) / PICKLE_FILE).exists():
+            raise AdapterFileError(
+                f"{folder} holds its weights as {PICKLE_FILE}, a pickle, which can run code when it is read. If you trust "
+                f"it, convert it: safetensors.torch.save_file(torch.load(old, weights_only=True), {WEIGHTS_FILE!r})"
+            )
+        raise AdapterFileError(f"There is no {WEIGHTS_FILE} in {folder}{_what_is_there(Path(folder))}")
+    return read_header(file)
+
+
+def check_header(folder: Path, header: Header, expected: Mapping[str, tuple[int, ...]], ignore: Iterable[str]) -> None:
+    """Compare a file with what the model needs: every tensor there, none besides, shapes equal, floating point.
+
+    `ignore` lists names that may be there and are not used. Raises AdapterFileError that lists every difference.
+    """
+    file = Path(folder) / WEIGHTS_FILE
+    missing = [f"missing      {name} {list(shape)}" for name, shape in expected.items() if name not in header.tensors]
+    extra = [
+        f"not expected {name} {list(info.shape)}"
+        for name, info in header.tensors.items()
+        if name not in expected and name not in set(ignore)
+    ]
+    wrong = []
+    for name, shape in expected.items():
+        info = header.tensors.get(name)
+        if info is not None and info.shape != shape:
+            wrong.append(f"wrong shape  {name} {list(info.shape)}, the model needs {list(shape)}")
+        if info is not None and info.dtype not in FLOATS:
+            wrong.append(f"wrong dtype  {name} is {info.dtype}; adapters are floating point ({', '.join(FLOATS)})")
+    problems = [line for kind in (missing, extra, wrong) for line in _shortened(kind)]
+    if problems:
+        raise AdapterFileError(bullet_list(f"{file} does not fit this model and {CONFIG_FILE}:", problems))
+
+
+def read_tensors(folder: Path, names: Iterable[str], *, device: str = "cpu") -> dict[str, "Tensor"]:
+    """The named tensors. Raises AdapterFileError naming those that hold NaN or infinity."""
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(folder) / WEIGHTS_FILE
+    try:
+        with safe_open(str(file), framework="pt", device=device) as opened:
+            tensors = {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{file} cannot be read: {error}") from None
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise AdapterFileError(
+            bullet_list(f"{file} holds NaN or infinity, so it was broken before it was saved:", _shortened(broken))
+        )
+    return tensors
+
+
+def check_integrity(folder: Path, header: Header, tensors: Mapping[str, "Tensor"]) -> None:
+    """Compare the tensors with the checksum the file carries, if it carries one. Raises AdapterFileError."""
+    recorded = header.metadata.get("sha256")
+    if recorded is not None and len(tensors) == len(header.tensors) and recorded != checksum(tensors):
+        raise AdapterFileError(
+            f"{Path(folder) / WEIGHTS_FILE} was changed after it was written: its checksum differs. "
+            "Copy or download it again."
+        )
+
+
+def checksum(tensors: Mapping[str, "Tensor"]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_adapter(
+    folder: Path, config_json: str, tensors: Mapping[str, "Tensor"], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write both files in one step and read them back before they count.
+
+    Whatever happens, the folder holds the old adapter or the new one. Other files of the folder stay; a pickle of an
+    older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite.
+    """
+    from safetensors.torch import save_file
+
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise AdapterFileError(
+            bullet_list(f"Not saved to {folder}: these tensors hold NaN or infinity:", _shortened(broken))
+        )
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    notes = {"format": "pt", "sha256": checksum(plain), **(metadata or {})}
+
+    def fill(stage: Path) -> None:
+        save_file(plain, str(stage / WEIGHTS_FILE), metadata=notes)
+        (stage / CONFIG_FILE).write_text(config_json, encoding="utf-8")
+        check_integrity(stage, read_weights_header(stage), read_tensors(stage, plain))
+        if (stage / CONFIG_FILE).read_text(encoding="utf-8") != config_json:
+            raise AdapterFileError(f"Not saved to {folder}: the disk returned something other than what was written.")
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterFileError(f"{folder} is a file; an adapter is saved to a folder.")
+    write_folder(folder, fill)
+    (folder / PICKLE_FILE).unlink(missing_ok=True)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        twice = sorted({name for name, _ in pairs if [n for n, _ in pairs].count(name) > 1})
+        raise ValueError(f"{', '.join(twice)} appears twice; remove one.")
+    return data
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number an adapter can have.")
+
+
+def _what_is_there(folder: Path) -> str:
+    if not folder.is_dir():
+        return ": the folder does not exist."
+    names = sorted(entry.name for entry in folder.iterdir())[:6]
+    return f"; it holds {', '.join(names)}." if names else "; it is empty."
+
+
+def _shortened(lines: list[str], limit: int = 6) -> list[str]:
+    return lines if len(lines) <= limit else [*lines[:limit], f"… and {len(lines) - limit} more like these"]

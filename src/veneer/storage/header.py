@@ -1,0 +1,115 @@
+"""The header of a safetensors file, read and checked without torch and without the tensors.
+
+Layout: 8 bytes little-endian header length, that many bytes of JSON `{name: {dtype, shape, data_offsets}}`, the data.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from veneer.errors import AdapterFileError
+
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 100_000
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the header describes it: `dtype` in safetensors' words ("F32", "BF16"), size in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file holds. `data_start` is where in the file the first tensor begins, in bytes."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header. Raises AdapterFileError that names the file and what is wrong with it."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            _refuse_impostors(file, start + stream.read(56))
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise AdapterFileError(
+                    f"{file} is damaged: it says its header has {length:,} bytes, the file has {size:,}. "
+                    "Copy or download it again."
+                )
+            stream.seek(8)
+            text = stream.read(length)
+    except OSError as error:
+        raise AdapterFileError(f"{file} cannot be read: {error.strerror or error}") from None
+    entries = _parse(file, text)
+    metadata = entries.pop("__metadata__", {})
+    if len(entries) > MAX_TENSORS:
+        raise AdapterFileError(f"{file} lists {len(entries):,} tensors; an adapter has at most {MAX_TENSORS:,}.")
+    tensors = {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
+    _check_extent(file, tensors, size - 8 - length)
+    return Header(tensors, {str(k): str(v) for k, v in metadata.items()}, 8 + length)
+
+
+def _refuse_impostors(file: Path, start: bytes) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise AdapterFileError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` where it lies.")
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise AdapterFileError(f"{file} is an HTML page, not a safetensors file: the download went wrong.")
+    if len(start) < 8:
+        raise AdapterFileError(f"{file} is empty or cut off after {len(start)} bytes. Copy or download it again.")
+
+
+def _parse(file: Path, text: bytes) -> dict:
+    def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError("a name appears twice")
+        return entries
+
+    try:
+        entries = json.loads(text, object_pairs_hook=refuse_duplicates)
+        if not isinstance(entries, dict) or not isinstance(entries.get("__metadata__", {}), dict):
+            raise ValueError("it is not a table of tensors")
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{file} is damaged: its header cannot be read ({error}).") from None
+    return entries
+
+
+def _tensor_info(file: Path, name: str, entry: object) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
+            if dtype in DTYPE_BYTES and whole and 0 <= start <= end:
+                expected = prod(shape) * DTYPE_BYTES[dtype]
+                if expected == end - start:
+                    return TensorInfo(dtype, tuple(shape), expected, start)
+    raise AdapterFileError(f"{file} is damaged: the header entry of {name!r} makes no sense: {str(entry)[:200]}")
+
+
+def _check_extent(file: Path, tensors: dict[str, TensorInfo], data_bytes: int) -> None:
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != end:
+            raise AdapterFileError(f"{file} is damaged: {name!r} does not begin where the tensor before it ends.")
+        end += info.nbytes
+    if end != data_bytes:
+        what = "cut off" if end > data_bytes else "longer than its header says"
+        raise AdapterFileError(
+            f"{file} is {what}: its tensors need {end:,} bytes, it has {data_bytes:,}. Copy or download it again."
+        )

@@ -1,0 +1,42 @@
+"""Where an adapter lies: a folder of this machine, or a repository on the Hugging Face hub."""
+
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import AdapterFileError
+from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+def adapter_folder(location: str | Path, *, subfolder: str | None = None, weights: bool = True, **hub: Any) -> Path:
+    """The local folder of an adapter, downloaded if `location` is a hub id (`user/name`).
+
+    Raises AdapterFileError if there is no such folder or repository, with what was tried.
+    """
+    unknown = sorted(set(hub) - set(HUB_OPTIONS))
+    if unknown:
+        raise AdapterFileError(f"Unknown option {', '.join(unknown)}; for the hub there are {', '.join(HUB_OPTIONS)}.")
+    folder = Path(location) / (subfolder or "")
+    if Path(location).exists():
+        return folder
+    text = str(location)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise AdapterFileError(f"There is no folder {folder}, and {text!r} is not a hub id (user/name).")
+    return _download(text, subfolder, weights, {name: value for name, value in hub.items() if value is not None})
+
+
+def _download(repository: str, subfolder: str | None, weights: bool, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        config = hf_hub_download(repository, CONFIG_FILE, subfolder=subfolder, **hub)
+        if weights:
+            hf_hub_download(repository, WEIGHTS_FILE, subfolder=subfolder, **hub)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterFileError(
+            f"There is no folder {repository}, and it could not be downloaded from the hub: {reason}"
+        ) from None
+    return Path(config).parent

@@ -1,0 +1,161 @@
+"""Write files so that a crash leaves the old ones or the new ones, never a mixture.
+
+A folder is staged beside the old one, flushed to disk, checked, and swapped in by one rename.
+"""
+
+import ctypes
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_STAGE = ".veneer-stage-"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step: the file is old or new, whatever happens. Follows no symbolic link."""
+    stage = path.with_name(f"{_STAGE}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        with stage.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        stage.replace(path)
+    finally:
+        stage.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make or replace files of `folder` in one step. `fill(stage)` writes the new files into an empty stage.
+
+    Files of the folder that `fill` does not write stay. If `fill` raises, nothing has changed. A folder that cannot
+    be renamed (the current one, or a mount point) gets its new files one by one, each in one step.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    with _stage_beside(folder) as stage:
+        fill(stage)
+        _give_usual_modes(stage)
+        for file in stage.rglob("*"):
+            _sync(file)
+        if folder.exists() and not _can_be_swapped(folder):
+            for file in sorted(stage.iterdir()):
+                file.replace(folder / file.name)
+            _sync_folder(folder)
+            return
+        if folder.exists():
+            _link_the_rest(folder, stage)
+        _sync_folder(stage)
+        _swap(stage, folder)
+        _sync_folder(folder.parent)
+
+
+@contextmanager
+def _stage_beside(folder: Path) -> Iterator[Path]:
+    stage = folder.with_name(f"{_STAGE}{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an earlier process that died left beside the folder."""
+    for stage in folder.parent.glob(f"{_STAGE}{folder.name}-*-*"):
+        pid = stage.name.rsplit("-", 2)[1]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _can_be_swapped(folder: Path) -> bool:
+    here = Path.cwd()
+    return not folder.is_mount() and folder != here and folder not in here.parents
+
+
+def _link_the_rest(folder: Path, stage: Path) -> None:
+    """Carry over what the folder holds besides the new files, without copying where links are possible."""
+    for entry in folder.iterdir():
+        new = stage / entry.name
+        if new.exists() or new.is_symlink():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(str(entry), str(new))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _swap(stage: Path, folder: Path) -> None:
+    """Put the stage in the folder's place; afterwards the stage is the old folder, or gone."""
+    if not folder.exists():
+        stage.rename(folder)
+        return
+    if _exchange(stage, folder):
+        return
+    aside = stage.with_name(stage.name + "-old")
+    folder.rename(aside)
+    try:
+        stage.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step. False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _give_usual_modes(stage: Path) -> None:
+    """Give each file the mode that `open` gives; safetensors makes files that only their owner can read."""
+    probe = stage / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in stage.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some systems refuse to flush a folder; the rename itself is still one step
+        _sync(folder)

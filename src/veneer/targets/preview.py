@@ -1,0 +1,39 @@
+"""What a config would do to a model, as data to print. Needs no weights: a model on the meta device will do."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from veneer.config import LoraConfig
+from veneer.targets.match import Resolution, resolve
+from veneer.targets.site import Site
+from veneer.targets.structure import structure_of
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The sites a config means, and the counts a reader wants beside them.
+
+    linear_layers  how many layers "all-linear" could adapt, by the last part of their path
+    trainable      trainable numbers: adapters, saved modules and biases
+    total          all numbers of the model, with the adapters
+    """
+
+    sites: tuple[Site, ...]
+    resolution: Resolution
+    linear_layers: dict[str, int]
+    trainable: int
+    total: int
+
+
+def preview(model: nn.Module, config: LoraConfig) -> Preview:
+    """What `config` would adapt in `model`, without touching it. Raises TargetError with suggestions."""
+    resolution = resolve(model, config)
+    structure = structure_of(model)
+    linear = Counter(path.rpartition(".")[2] for path in structure.linear_layers)
+    added = sum(site.parameters for site in resolution.sites)
+    copied = sum(p.numel() for path in resolution.saved for p in structure.modules[path].parameters())
+    biases = sum(model.get_parameter(name).numel() for name in resolution.biases)
+    base = sum(parameter.numel() for parameter in model.parameters())
+    return Preview(resolution.sites, resolution, dict(linear), added + copied + biases, base + added + copied)

@@ -1,0 +1,112 @@
+"""Trainer callbacks: the log file, the check that every gradient is a number, and the progress display."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from veneer.errors import RunError
+from veneer.train.progress import Progress, Step
+
+
+@dataclass
+class Meter:
+    """Tokens read so far, and the time since the first of them was."""
+
+    tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read in a second, padding not counted."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def not_finite(what: str, step: int) -> RunError:
+    """The error for a loss or gradient that is NaN or infinite in the given step."""
+    return RunError(
+        f"The {what} is not a finite number at step {step}, so training stopped; no adapter was written.\n"
+        f"  Try a smaller training.learning_rate, a smaller training.max_grad_norm or dtype=float32,\n"
+        f"  or go on from the last checkpoint with training.resume=true."
+    )
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before a step that would write NaN into the weights."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Raise RunError if any gradient is not finite."""
+        gradients = [p.grad for p in rest["model"].parameters() if p.grad is not None]
+        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise not_finite("gradient", state.global_step + 1)
+
+
+class LogFile(TrainerCallback):
+    """Appends one JSON object a line: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, seconds."""
+
+    def __init__(self, path: Path, meter: Meter):
+        self.path, self.meter = path, meter
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **rest: Any,
+    ) -> None:
+        """Write what the trainer logs."""
+        speed = {"tokens_per_second": round(self.meter.tokens_per_second, 1), "seconds": round(self.meter.seconds, 2)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {}), **speed}) + "\n")
+
+
+class Show(TrainerCallback):
+    """Hands each step to the progress display."""
+
+    def __init__(self, progress: Progress, meter: Meter):
+        self.progress, self.meter = progress, meter
+        self.loss: float | None = None
+        self.first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Start the clock."""
+        self.meter.started, self.first = time.monotonic(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **rest: Any,
+    ) -> None:
+        """Remember the loss and show the step: the log comes after the step it belongs to."""
+        self.loss = (logs or {}).get("loss", self.loss)
+        done = state.global_step - self.first
+        left = (state.max_steps - state.global_step) * self.meter.seconds / max(done, 1)
+        self.progress.step(
+            Step(state.global_step, state.max_steps, self.loss, self.meter.tokens_per_second, left, memory_in_use())
+        )
+
+
+def memory_in_use() -> int:
+    """Bytes this process holds: on the accelerator the most it ever did, else what is resident now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
