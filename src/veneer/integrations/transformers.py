@@ -63,14 +63,14 @@ def load_adapter(
     _teach(model)
 
 
-class AdaptedModel:
+class AdaptedModel(nn.Module):
     """Placed in front of a transformers model's class while adapters lie over it."""
 
     _hf_peft_config_loaded = True  # what transformers asks before it saves adapters and not the whole model
 
     def active_adapters(self) -> list[str]:
         """The names of the adapters that act."""
-        overlay = overlay_of(self)  # type: ignore[arg-type]
+        overlay = overlay_of(self)
         return [] if overlay is None else list(overlay.route.active)
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
@@ -86,20 +86,20 @@ class AdaptedModel:
         if options.get("state_dict") is not None:
             raise AdapterFileError(f"Not saved to {save_directory}: saving gathered shards is not available yet.")
         if is_main_process:
-            save_adapter(self, active[0], Path(save_directory))  # type: ignore[arg-type]
+            save_adapter(self, active[0], Path(save_directory))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own, such that recomputation uses the adapters of forward time."""
-        super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[misc]
-        protect_checkpointing(self)  # type: ignore[arg-type]
+        super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        protect_checkpointing(self)
 
     def disable_adapters(self) -> None:
         """Let no adapter act until `enable_adapters`."""
-        set_enabled(self, False)  # type: ignore[arg-type]
+        set_enabled(self, False)
 
     def enable_adapters(self) -> None:
         """Let the active adapters act again."""
-        set_enabled(self, True)  # type: ignore[arg-type]
+        set_enabled(self, True)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (_plain_class(self),), self.__dict__
@@ -131,7 +131,7 @@ def forget(model: nn.Module) -> None:
     if isinstance(model, AdaptedModel):
         if overlay_of(model) is not None:
             raise AttachError("The model still has adapters: merge or remove them first.")
-        model.__class__ = _plain_class(model)
+        model.__class__ = _plain_class(model)  # type: ignore[assignment]
 
 
 class LoraTrainerMixin:
@@ -156,6 +156,6 @@ def _restore(model: nn.Module, folder: Path) -> bool:
     if not isinstance(model, AdaptedModel) or not (folder / WEIGHTS_FILE).exists():
         return False
     (name,) = model.active_adapters()
-    tensors: Mapping[str, Tensor] = read_checked(model, name, folder)  # type: ignore[arg-type]
-    copy_tensors(model, name, tensors)  # type: ignore[arg-type]
+    tensors: Mapping[str, Tensor] = read_checked(model, name, folder)
+    copy_tensors(model, name, tensors)
     return True

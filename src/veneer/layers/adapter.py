@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from veneer.functional import dora, lowrank
 from veneer.init import Factors
-from veneer.layers.kinds import Kind
+from veneer.layers.kinds import Kind, Layer
 from veneer.layers.weights import read
 
 
 class Adapter(nn.Module):
     """A of shape (R, I), B of shape (O, R), for DoRA a magnitude m of shape (O,), and how they are used."""
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
 
     def __init__(
@@ -33,7 +35,7 @@ class Adapter(nn.Module):
         self.lora_B = nn.Parameter(factors.B)
         self.register_parameter("lora_magnitude", None if magnitude is None else nn.Parameter(magnitude))
 
-    def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
         """(layer input, layer output so far) -> layer output with this adapter, in y's dtype."""
         if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
@@ -54,11 +56,11 @@ class Adapter(nn.Module):
 class Rule:
     """How an update joins the output, and the weight that does the same."""
 
-    forward: Callable[[Adapter, Tensor, Tensor, nn.Module, float], Tensor]
+    forward: Callable[[Adapter, Tensor, Tensor, Layer, float], Tensor]
     merged: Callable[[Adapter, Tensor, Tensor], Tensor]
 
 
-def _add_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: nn.Module, p: float) -> Tensor:
+def _add_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: Layer, p: float) -> Tensor:
     return y + adapter.kind.update(layer, x, adapter.lora_A, adapter.lora_B, adapter.scale, p)
 
 
@@ -67,17 +69,20 @@ def _add_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
     return W + adapter.kind.from_matrix(delta)
 
 
-def _dora_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: nn.Module, p: float) -> Tensor:
-    A_RI, B_OR = adapter.lora_A, adapter.lora_B
+def _dora_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: Layer, p: float) -> Tensor:
+    A_RI, B_OR, m_O = adapter.lora_A, adapter.lora_B, adapter.lora_magnitude
+    assert m_O is not None
     W_OI = adapter.kind.to_matrix(read(layer).to(A_RI.dtype))
-    g_O = dora.gain(adapter.lora_magnitude, dora.row_norms(W_OI, A_RI, B_OR, adapter.scale))
+    g_O = dora.gain(m_O, dora.row_norms(W_OI, A_RI, B_OR, adapter.scale))
     base, u = adapter.kind.base_update(layer, x, y, A_RI, B_OR, adapter.scale, p)
     return y + (g_O - 1) * base + g_O * u
 
 
 def _dora_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
     kind, A_RI, B_OR = adapter.kind, adapter.lora_A.to(W.dtype), adapter.lora_B.to(W.dtype)
-    g_O = dora.gain(adapter.lora_magnitude.to(W.dtype), dora.row_norms(kind.to_matrix(base), A_RI, B_OR, adapter.scale))
+    assert adapter.lora_magnitude is not None
+    norms_O = dora.row_norms(kind.to_matrix(base), A_RI, B_OR, adapter.scale)
+    g_O = dora.gain(adapter.lora_magnitude.to(W.dtype), norms_O)
     V_OI = torch.addmm(kind.to_matrix(W), B_OR, A_RI, alpha=adapter.scale)
     return kind.from_matrix(V_OI * g_O.unsqueeze(1))
 

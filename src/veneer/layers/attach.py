@@ -6,20 +6,25 @@ registers the adapters as a child. The layer keeps its place, its parameters and
 
 from functools import cache
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from veneer.errors import AttachError
 from veneer.layers.adapter import Adapter
+from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
 
 
 class Adapters(nn.ModuleDict):
     """The adapters of one layer, by name."""
 
+    if TYPE_CHECKING:
 
-class Adapted:
+        def __getitem__(self, key: str) -> Adapter: ...
+
+
+class Adapted(nn.Module):
     """Placed in front of any layer class: its output, then each adapter that acts."""
 
     adapters: Adapters
@@ -27,7 +32,7 @@ class Adapted:
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the adapters of the route's plan added in order."""
-        y = super().forward(*args, **kwargs)  # type: ignore[misc]
+        y = super().forward(*args, **kwargs)
         for name in self.route.plan:
             if name in self.adapters:
                 x = args[0] if args else next(iter(kwargs.values()))
@@ -56,7 +61,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def attach(layer: nn.Module, name: str, adapter: Adapter, route: Route) -> None:
+def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
     """Add an adapter to a layer, which becomes an adapted layer with the first one.
 
     Raises AttachError if something other than accelerate has replaced the layer's forward.
@@ -66,12 +71,12 @@ def attach(layer: nn.Module, name: str, adapter: Adapter, route: Route) -> None:
         layer.__class__ = adapted_class(type(layer))
         layer.adapters = Adapters()
         layer.route = route
-        _rebind_hook(layer)
+        rebind_hook(layer)
     adapter.train(layer.training)
     layer.adapters[name] = adapter
 
 
-def detach(layer: nn.Module, name: str) -> None:
+def detach(layer: Layer, name: str) -> None:
     """Take an adapter away. With the last one the layer is what it was before."""
     if not isinstance(layer, Adapted) or name not in layer.adapters:
         return
@@ -84,8 +89,8 @@ def detach(layer: nn.Module, name: str) -> None:
             )
         del layer.adapters
         del layer.route
-        layer.__class__ = base
-        _rebind_hook(layer)
+        layer.__class__ = base  # type: ignore[assignment]
+        rebind_hook(layer)
 
 
 def check_forward(layer: nn.Module) -> None:
@@ -100,6 +105,7 @@ def check_forward(layer: nn.Module) -> None:
         )
 
 
-def _rebind_hook(layer: nn.Module) -> None:
+def rebind_hook(layer: Layer) -> None:
+    """Let accelerate's hook call the forward of the class the layer has now."""
     if "_old_forward" in vars(layer):
-        layer._old_forward = MethodType(type(layer).forward, layer)  # type: ignore[assignment]
+        layer._old_forward = MethodType(type(layer).forward, layer)

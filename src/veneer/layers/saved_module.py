@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from veneer.layers.attach import Adapted, _rebind_hook, check_forward
+from veneer.layers.attach import Adapted, check_forward, rebind_hook
+from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
 
 
@@ -19,7 +20,7 @@ class Copies(nn.ModuleDict):
     """One full copy of a module for each adapter that trains it, by adapter name."""
 
 
-class Saved:
+class Saved(nn.Module):
     """Placed in front of a module's class: its own forward, or that of the copy that acts."""
 
     modules_to_save: Copies
@@ -30,7 +31,7 @@ class Saved:
         for name in reversed(self.route.acting):
             if name in self.modules_to_save:
                 return self.modules_to_save[name](*args, **kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (_base_class(self),), self.__dict__
@@ -58,7 +59,7 @@ def original_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             yield name, parameter
 
 
-def keep_copy(module: nn.Module, name: str, route: Route) -> nn.Module:
+def keep_copy(module: Layer, name: str, route: Route) -> nn.Module:
     """Give adapter `name` its own trainable copy of the module; returns the copy."""
     if isinstance(module, Saved):
         others, module.modules_to_save = module.modules_to_save, Copies()
@@ -72,13 +73,13 @@ def keep_copy(module: nn.Module, name: str, route: Route) -> nn.Module:
         module.__class__ = _saved_class(type(module))
         module.modules_to_save = Copies()
         module.route = route
-        _rebind_hook(module)
+        rebind_hook(module)
     copy.requires_grad_(True)
     module.modules_to_save[name] = copy
     return copy
 
 
-def _plain_copy(module: nn.Module) -> nn.Module:
+def _plain_copy(module: Layer) -> nn.Module:
     route, module.route = module.route, Route()
     try:
         copy = deepcopy(module)
@@ -88,7 +89,7 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     return copy
 
 
-def drop_copy(module: nn.Module, name: str) -> None:
+def drop_copy(module: Layer, name: str) -> None:
     """Forget adapter `name`'s copy. With the last one the module is what it was before."""
     if not isinstance(module, Saved) or name not in module.modules_to_save:
         return
@@ -97,12 +98,12 @@ def drop_copy(module: nn.Module, name: str) -> None:
         _strip(module)
 
 
-def _strip(module: nn.Module) -> None:
+def _strip(module: Layer) -> None:
     base = _base_class(module)
     del module.modules_to_save
     del module.route
     module.__class__ = base
-    _rebind_hook(module)
+    rebind_hook(module)
 
 
 def contains_adapted(module: nn.Module) -> bool:

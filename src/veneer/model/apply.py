@@ -12,6 +12,7 @@ from veneer.init import Factors, Weight, initialise
 from veneer.layers import attach, saved_module
 from veneer.layers.adapter import Adapter
 from veneer.layers.bias import TrainedBiases
+from veneer.layers.kinds import Layer
 from veneer.layers.route import RoutedCheckpoint
 from veneer.layers.weights import read
 from veneer.model.overlay import (
@@ -73,7 +74,7 @@ def add_adapter(
     if tensors is not None:
         copy_tensors(model, name, tensors)
     protect_checkpointing(model)
-    keep_checkpoint_clean(model)
+    keep_checkpoint_clean(model, overlay)
     activate(model, (name,) if first else overlay.route.active)
     return todo
 
@@ -91,7 +92,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     _take_off(model, name, overlay.resolutions[name])
     for table in (overlay.configs, overlay.resolutions, overlay.trainable):
         table.pop(name)
-    keep_checkpoint_clean(model)
+    keep_checkpoint_clean(model, overlay)
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))
     else:
@@ -150,7 +151,7 @@ def _adapter(
     float32: bool,
     generator: Generator | None,
 ) -> Adapter:
-    layer = model.get_submodule(site.path)
+    layer: Layer = model.get_submodule(site.path)
     dtype, device = _adapter_dtype(layer, float32), layer.weight.device
     magnitude = None
     if tensors is not None:
@@ -175,7 +176,7 @@ def _init_name(site: Site, config: LoraConfig) -> str:
     return choice if site.kind.linear else site.kind.inits[True]
 
 
-def _adapter_dtype(layer: nn.Module, float32: bool) -> torch.dtype:
+def _adapter_dtype(layer: Layer, float32: bool) -> torch.dtype:
     dtype = layer.weight.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2 or (float32 and dtype in _HALF):
         return torch.float32

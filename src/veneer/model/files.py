@@ -1,4 +1,4 @@
-"""Between a model and an adapter folder: save one adapter, load one, with everything checked before anything changes."""
+"""Between a model and an adapter folder: save one, load one; everything is checked before anything changes."""
 
 import json
 from collections.abc import Mapping
@@ -153,6 +153,6 @@ def _check_repeats_base(
         own, given = model.get_parameter(parameter_name), tensors[key]
         if own.shape != given.shape or not torch.equal(own.detach().cpu(), given.to(own.dtype)):
             raise AdapterFileError(
-                f"{Path(folder) / WEIGHTS_FILE} brings its own {parameter_name} {list(given.shape)}, which differs from "
-                f"this model's {list(own.shape)}: it was trained over a base with other or resized embeddings."
+                f"{Path(folder) / WEIGHTS_FILE} brings its own {parameter_name} {list(given.shape)}, which differs "
+                f"from this model's {list(own.shape)}: it was trained over a base with other or resized embeddings."
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.errors import MergeError, bullet_list
 from veneer.layers.attach import Adapted
+from veneer.layers.kinds import Layer
 from veneer.layers.weights import read, store_of
 from veneer.model.apply import remove_adapter, set_enabled
 from veneer.model.overlay import Overlay, overlay_of, saved_modules
@@ -26,8 +27,8 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     names = _checked(model, overlay, names)
     merged = dict(_merged_weights(model, names))
     for path, weight in merged.items():
-        layer = model.get_submodule(path)
-        overlay.originals[path] = layer._parameters["weight"]  # type: ignore[assignment]
+        layer: Layer = model.get_submodule(path)
+        overlay.originals[path] = layer._parameters["weight"]
         store_of(layer).write(layer, weight)
     overlay.route.set(merged=names)
     set_enabled(model, overlay.route.enabled)
@@ -40,7 +41,7 @@ def unmerge(model: nn.Module) -> None:
     if not overlay.route.merged:
         raise MergeError("Nothing is merged.")
     for path, original in overlay.originals.items():
-        layer = model.get_submodule(path)
+        layer: Layer = model.get_submodule(path)
         dtype, device = layer.weight.dtype, layer.weight.device
         if (original.dtype, original.device) != (dtype, device):  # the model was moved or cast while merged
             original.data = original.data.to(device, dtype)
@@ -63,11 +64,11 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     for _ in _merged_weights(model, names):
         pass
     for path, weight in _merged_weights(model, names):
-        layer = model.get_submodule(path)
+        layer: Layer = model.get_submodule(path)
         store_of(layer).write(layer, weight)
     for name in names:
         for _, module in saved_modules(model, name):
-            _take_over(module, module.modules_to_save[name])  # type: ignore[arg-type]
+            _take_over(module, module.modules_to_save[name])
     kept = {
         path: value
         for name in names

@@ -7,10 +7,9 @@ from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError
-from veneer.layers.attach import Adapted
 from veneer.layers.bias import TrainedBiases
+from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
-from veneer.layers.saved_module import Saved
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution
 
@@ -23,6 +22,7 @@ class Overlay:
 
     trainable  whether the adapter may get gradients; False for one that was loaded for use
     originals  while adapters are merged: the base weights by path, to be put back as they were
+    unsaved    names of ours that the model's own saving was told to leave out
     """
 
     route: Route = field(default_factory=Route)
@@ -31,6 +31,7 @@ class Overlay:
     biases: dict[str, TrainedBiases] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    unsaved: set[str] = field(default_factory=set)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise AdapterNameError if an adapter of one of these names does not exist."""
@@ -63,20 +64,20 @@ def take_down(model: nn.Module) -> None:
     vars(model).pop("peft_config", None)
 
 
-def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Adapted]]:
+def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
     """(path, layer) of the layers on which adapter `name` lies, in the model's order."""
     overlay = overlay_of(model)
     assert overlay is not None
     for site in overlay.resolutions[name].sites:
-        yield site.path, model.get_submodule(site.path)  # type: ignore[misc]
+        yield site.path, model.get_submodule(site.path)
 
 
-def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Saved]]:
+def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
     """(path, module) of the modules that adapter `name` trains in full."""
     overlay = overlay_of(model)
     assert overlay is not None
     for path in overlay.resolutions[name].saved:
-        yield path, model.get_submodule(path)  # type: ignore[misc]
+        yield path, model.get_submodule(path)
 
 
 def own_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:

@@ -1,7 +1,7 @@
 """LoraModel: adapters over one model, under PEFT's method names. Knows no files and no tasks."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -163,7 +163,8 @@ class LoraModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own, such that recomputation uses the adapters of forward time."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
+        enable: Callable[..., None] = self.model.gradient_checkpointing_enable  # type: ignore[assignment]
+        enable(*args, **kwargs)
         protect_checkpointing(self.model)
 
     def _refuse_without_adapters(self, what: str) -> None:

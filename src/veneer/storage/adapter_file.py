@@ -55,8 +55,8 @@ def read_weights_header(folder: Path) -> Header:
     if not file.exists():
         if (Path(folder) / PICKLE_FILE).exists():
             raise AdapterFileError(
-                f"{folder} holds its weights as {PICKLE_FILE}, a pickle, which can run code when it is read. If you trust "
-                f"it, convert it: safetensors.torch.save_file(torch.load(old, weights_only=True), {WEIGHTS_FILE!r})"
+                f"{folder} holds its weights as {PICKLE_FILE}, a pickle, which can run code when it is read. If you "
+                f"trust it, convert it: safetensors.torch.save_file(torch.load(old, weights_only=True), {WEIGHTS_FILE!r})"
             )
         raise AdapterFileError(f"There is no {WEIGHTS_FILE} in {folder}{_what_is_there(Path(folder))}")
     return read_header(file)

@@ -1,5 +1,6 @@
 """What a model is made of, as the matcher needs it: paths and modules, seen without any adapter on them."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,7 +57,7 @@ def structure_of(model: nn.Module) -> Structure:
     return Structure(base_class(model).__name__, modules, layers, linear, readers)
 
 
-def _bare_modules(model: nn.Module):
+def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     skipped: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, Adapters | Adapter | Copies):
@@ -73,5 +74,5 @@ def is_linear(module: nn.Module) -> bool:
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     """The layer that turns the last hidden state into logits, where the model says which it is."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    return None if getter is None else getter()

@@ -11,7 +11,7 @@ from torch import nn
 
 from veneer.layers.kinds.conv1d import CONV1D
 from veneer.layers.kinds.embedding import EMBEDDING
-from veneer.layers.kinds.kind import Kind
+from veneer.layers.kinds.kind import Kind, Layer
 from veneer.layers.kinds.linear import LINEAR
 
 KINDS: dict[str, Kind] = {
@@ -40,4 +40,4 @@ def kind_of(layer: nn.Module) -> Kind | None:
     return None
 
 
-__all__ = ["CONV1D", "EMBEDDING", "KINDS", "LINEAR", "Kind", "class_name", "kind_of", "register_kind"]
+__all__ = ["CONV1D", "EMBEDDING", "KINDS", "LINEAR", "Kind", "Layer", "class_name", "kind_of", "register_kind"]

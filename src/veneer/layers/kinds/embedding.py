@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional import lowrank
-from veneer.layers.kinds.kind import Kind
+from veneer.layers.kinds.kind import Kind, Layer
 
 
-def _dims(layer: nn.Module) -> tuple[int, int]:
+def _dims(layer: Layer) -> tuple[int, int]:
     return layer.embedding_dim, layer.num_embeddings
 
 
-def _update(layer: nn.Module, ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
+def _update(layer: Layer, ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
     u = lowrank.update_embedding(ids, A_RV, B_OR, scale, padding_idx=layer.padding_idx)
     return u if p == 0 else lowrank.drop_whole_tokens(u, p)
 
 
 def _base_update(
-    layer: nn.Module, ids: Tensor, y: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float
+    layer: Layer, ids: Tensor, y: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float
 ) -> tuple[Tensor, Tensor]:
     u = lowrank.update_embedding(ids, A_RV, B_OR, scale, padding_idx=layer.padding_idx)
     if p == 0:
@@ -34,7 +34,7 @@ def _transpose(W: Tensor) -> Tensor:
     return W.T
 
 
-def _refuse(layer: nn.Module) -> str | None:
+def _refuse(layer: Layer) -> str | None:
     if layer.max_norm is not None:
         return "its max_norm rewrites the weight in every forward pass, which is not available yet"
     owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls) and issubclass(cls, nn.Embedding))

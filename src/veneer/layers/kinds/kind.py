@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+# A layer: an `nn.Module` with the attributes of its kind, which no one type in torch describes.
+Layer = Any
 
 
-def _nothing_to_refuse(layer: nn.Module) -> str | None:
+def _nothing_to_refuse(layer: Layer) -> str | None:
     return None
 
 
@@ -28,13 +32,13 @@ class Kind:
     """
 
     name: str
-    dims: Callable[[nn.Module], tuple[int, int]]
-    update: Callable[[nn.Module, Tensor, Tensor, Tensor, float, float], Tensor]
-    base_update: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+    dims: Callable[[Layer], tuple[int, int]]
+    update: Callable[[Layer, Tensor, Tensor, Tensor, float, float], Tensor]
+    base_update: Callable[[Layer, Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
     to_matrix: Callable[[Tensor], Tensor]
     from_matrix: Callable[[Tensor], Tensor]
     inits: dict[bool, str]
     linear: bool
     fan_in_fan_out: bool = False
     on_disk: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
-    refuse: Callable[[nn.Module], str | None] = _nothing_to_refuse
+    refuse: Callable[[Layer], str | None] = _nothing_to_refuse

@@ -1,22 +1,22 @@
 """`torch.nn.Linear` and everything derived from it, quantised or not. Shapes: I in, O out, R rank."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.functional import lowrank
-from veneer.layers.kinds.kind import Kind
+from veneer.layers.kinds.kind import Kind, Layer
 
 
-def _dims(layer: nn.Module) -> tuple[int, int]:
+def _dims(layer: Layer) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def _update(layer: nn.Module, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
+def _update(layer: Layer, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
     return lowrank.update_linear(F.dropout(x, p), A_RI, B_OR, scale)
 
 
 def _base_update(
-    layer: nn.Module, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float
+    layer: Layer, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float
 ) -> tuple[Tensor, Tensor]:
     if p == 0:
         base = y if layer.bias is None else y - layer.bias

@@ -1,15 +1,16 @@
 """Where a layer's weight is kept and how it is read and written; `STORES` is the table."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.errors import MergeError
+from veneer.layers.kinds import Layer
 from veneer.layers.weights.dense import DENSE
 from veneer.layers.weights.store import Store
 
 STORES: tuple[Store, ...] = (DENSE,)
 
 
-def store_of(layer: nn.Module) -> Store:
+def store_of(layer: Layer) -> Store:
     """The store that knows this layer's weight. Raises MergeError if none does."""
     for store in STORES:
         if store.holds(layer):
@@ -20,7 +21,7 @@ def store_of(layer: nn.Module) -> Store:
     )
 
 
-def read(layer: nn.Module) -> Tensor:
+def read(layer: Layer) -> Tensor:
     """The layer's weight as a floating-point tensor, as the layer itself uses it."""
     return store_of(layer).read(layer)
 

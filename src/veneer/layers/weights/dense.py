@@ -3,20 +3,21 @@
 import torch
 from torch import Tensor, nn
 
+from veneer.layers.kinds import Layer
 from veneer.layers.weights.store import Store
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _holds(layer: nn.Module) -> bool:
+def _holds(layer: Layer) -> bool:
     return type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dtype in _DTYPES
 
 
-def _read(layer: nn.Module) -> Tensor:
+def _read(layer: Layer) -> Tensor:
     return layer.weight
 
 
-def _write(layer: nn.Module, W: Tensor) -> None:
+def _write(layer: Layer, W: Tensor) -> None:
     layer.weight = nn.Parameter(W, requires_grad=False)
 
 

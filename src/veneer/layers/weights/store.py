@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from veneer.layers.kinds import Layer
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,6 @@ class Store:
     """
 
     name: str
-    holds: Callable[[nn.Module], bool]
-    read: Callable[[nn.Module], Tensor]
-    write: Callable[[nn.Module, Tensor], None]
+    holds: Callable[[Layer], bool]
+    read: Callable[[Layer], Tensor]
+    write: Callable[[Layer, Tensor], None]
