@@ -4,12 +4,15 @@ Field names, defaults and JSON are PEFT's, so that an `adapter_config.json` writ
 """
 
 import json
-import math
+import re
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import regex
 
@@ -21,6 +24,10 @@ from veneer.suggest import did_you_mean
 
 ALL_LINEAR = "all-linear"
 PATTERN_SECONDS = 1.0  # how long one regular expression may take on one name
+MAX_PATTERN = 1000  # characters
+MAX_RANK = 1 << 16  # above what any weight can have; a slip such as r=10**8 would ask for terabytes
+
+_Class = TypeVar("_Class")
 
 
 class TaskType(StrEnum):
@@ -67,7 +74,23 @@ REQUIRED_IN_FILES = ("peft_type", "r", "lora_alpha", "target_modules")
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
 
 
-@dataclass(init=True, repr=True, eq=True, unsafe_hash=False)
+def _refusing_unknown_fields(cls: type[_Class]) -> type[_Class]:
+    """Let a dataclass's constructor name fields that do not exist, and pass over PEFT's that are not used."""
+    generated = cls.__init__
+
+    @wraps(generated)
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        problems = [problem for name, value in given.items() if (problem := _not_a_field(name, value))]
+        if problems:
+            raise UnknownFieldError(bullet_list("LoraConfig cannot be made:", problems))
+        generated(self, *args, **{name: value for name, value in given.items() if name in _field_names()})
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_refusing_unknown_fields
+@dataclass
 class LoraConfig:
     """Which layers get an adapter, and what kind.
 
@@ -117,56 +140,16 @@ class LoraConfig:
     peft_type: ClassVar[str] = "LORA"
     _in_use: ClassVar[bool] = False
 
-    def __new__(cls, *args: Any, **given: Any) -> "LoraConfig":
-        """Refuse fields that do not exist before the generated constructor would, and with a suggestion."""
-        known = [f.name for f in fields(cls)]
-        problems = []
-        for name, value in given.items():
-            if name in NOT_YET:
-                if value not in (NOT_YET[name], None):
-                    problems.append(f"{name}={value!r}: not available yet; leave it out")
-            elif name not in known:
-                alias = _ALIASES.get(name)
-                hint = f", did you mean {alias!r}?" if alias else did_you_mean(name, known)
-                problems.append(f"{name}: no such field{hint}")
-        if problems:
-            raise UnknownFieldError(bullet_list("LoraConfig cannot be made:", problems))
-        return super().__new__(cls)
-
     def __init_subclass__(cls) -> None:
         raise TypeError("LoraConfig is data; it is not meant to be subclassed.")
 
     def __post_init__(self) -> None:
-        self._tidy()
         self.check()
-
-    def _tidy(self) -> None:
-        # sets and tuples become sorted or plain lists, so that equal configs are equal and files are reproducible
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
-            value = getattr(self, name)
-            if isinstance(value, set | frozenset):
-                value = sorted(value, key=str)
-            if isinstance(value, tuple):
-                value = list(value)
-            object.__setattr__(self, name, value)
-        if isinstance(self.modules_to_save, str):
-            object.__setattr__(self, "modules_to_save", [self.modules_to_save])
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR:
-            object.__setattr__(self, "target_modules", ALL_LINEAR)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, {})
-        if isinstance(self.lora_alpha, float) and self.lora_alpha.is_integer():
-            object.__setattr__(self, "lora_alpha", int(self.lora_alpha))  # some servers read whole numbers only
-        if self.layers_to_transform == []:
-            object.__setattr__(self, "layers_to_transform", None)
-        if self.task_type in list(TaskType):
-            object.__setattr__(self, "task_type", TaskType(self.task_type))
 
     def check(self) -> None:
         """Raise ConfigError with every problem, or do nothing."""
         problems = [
-            f"{name}={getattr(self, name)!r}: {allowed}"
+            f"{name}={getattr(self, name)!r}: {allowed}{_why_no_pattern(name, getattr(self, name))}"
             for name, (right, allowed) in _RULES.items()
             if not right(getattr(self, name))
         ]
@@ -176,12 +159,16 @@ class LoraConfig:
             raise ConfigError(bullet_list("LoraConfig cannot be right:", problems))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if problem := _not_a_field(name, value):
+            raise UnknownFieldError(f"LoraConfig cannot be changed: {problem}")
+        if name not in _field_names():
+            return
         if self._in_use and name not in FREE:
             raise ConfigError(
                 f"{name} cannot be changed to {value!r}: this config describes an adapter that exists, and its weights "
                 f"go with {name}={getattr(self, name, None)!r}. Make a new LoraConfig for a new adapter."
             )
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, _tidied(name, value))
 
     def changed(self, **changes: Any) -> "LoraConfig":
         """A checked copy with `changes`, open to further ones."""
@@ -204,8 +191,8 @@ class LoraConfig:
         return {"peft_type": self.peft_type, **data}
 
     def to_json(self) -> str:
-        """The text of an `adapter_config.json`, sorted by key."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        """The text of an `adapter_config.json`, sorted by field. The order of a pattern's keys counts, so it stays."""
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "the given data") -> "LoraConfig":
@@ -214,14 +201,14 @@ class LoraConfig:
         Fields of PEFT that Veneer does not know are ignored if they are unused there, and refused by name if not.
         Raises ConfigError.
         """
-        known = {f.name for f in fields(cls)}
+        known = _field_names()
         problems = [
             f"{name}: missing, and a default would be a guess" for name in REQUIRED_IN_FILES if name not in data
         ]
         if data.get("target_modules", ALL_LINEAR) is None:
             problems.append("target_modules=None: the file does not say which layers were trained")
-        if "peft_type" in data and data["peft_type"] != cls.peft_type:
-            problems.append(f"peft_type={data['peft_type']!r}: only 'LORA' adapters can be read")
+        if "peft_type" in data and (problem := _not_a_field("peft_type", data["peft_type"])):
+            problems.append(problem)
         for name, value in data.items():
             if name in known or name in NOTES or name == "peft_type":
                 continue
@@ -230,8 +217,12 @@ class LoraConfig:
                 problems.append(f"{name}={value!r}: {hint}; it may change what the adapter computes")
         if problems:
             raise ConfigError(bullet_list(f"{source} does not describe an adapter that can be used:", problems))
+        given = {name: value for name, value in data.items() if name in known}
+        saved = given.get("modules_to_save")
+        if isinstance(saved, list):  # PEFT adds the head of a classifier a second time
+            given["modules_to_save"] = [name for i, name in enumerate(saved) if name not in saved[:i]]
         try:
-            return cls(**{name: value for name, value in data.items() if name in known})
+            return cls(**given)
         except ConfigError as error:
             raise type(error)(f"{source}: {error}") from None
 
@@ -264,6 +255,47 @@ _ALIASES: Mapping[str, str] = {
 }
 
 
+def _field_names() -> list[str]:
+    return [f.name for f in fields(LoraConfig)]
+
+
+def _not_a_field(name: str, value: Any) -> str | None:
+    """What is wrong with setting `name`; None if it is a field, or one of PEFT's at the value that means "not used"."""
+    if name in _field_names() or name in NOTES:
+        return None
+    if name == "peft_type":
+        return None if value == LoraConfig.peft_type else f"peft_type={value!r}: only 'LORA' adapters can be used"
+    if name in NOT_YET:
+        return None if value in (NOT_YET[name], None) else f"{name}={value!r}: not available yet; leave it out"
+    alias = _ALIASES.get(name)
+    return f"{name}: no such field{f', did you mean {alias!r}?' if alias else did_you_mean(name, _field_names())}"
+
+
+_NAME_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+
+
+def _tidied(name: str, value: Any) -> Any:
+    """The value in the one form that equal configs share and files hold: no sets, no tuples, no 16.0 for 16."""
+    if name in _NAME_LISTS and isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    if name in _NAME_LISTS and isinstance(value, tuple):
+        value = list(value)
+    match name, value:
+        case "modules_to_save", str():
+            return [value]
+        case "target_modules", str() if value.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        case "rank_pattern" | "alpha_pattern", None:
+            return {}
+        case "lora_alpha", float() if value.is_integer():
+            return int(value)  # some servers read whole numbers only
+        case "layers_to_transform", []:
+            return None
+        case "task_type", str() if value in list(TaskType):
+            return TaskType(value)
+    return value
+
+
 def rank_and_alpha(config: LoraConfig, path: str) -> tuple[int, float]:
     """The rank and alpha of the layer at `path`: the first pattern that matches, or the config's own."""
     rank = next((v for key, v in config.rank_pattern.items() if matches_end(key, path)), config.r)
@@ -278,8 +310,13 @@ def matches_end(pattern: str, path: str) -> bool:
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a regular expression matches a whole path. Raises ConfigError if that takes over a second."""
+    return whole_match(pattern, path) is not None
+
+
+def whole_match(pattern: str, path: str) -> regex.Match[str] | None:
+    """The match of a regular expression with a whole path. Raises ConfigError if that takes over a second."""
     try:
-        return regex.fullmatch(pattern, path, timeout=PATTERN_SECONDS) is not None
+        return regex.fullmatch(pattern, path, timeout=PATTERN_SECONDS)
     except TimeoutError:
         raise ConfigError(
             f"The pattern {pattern!r} takes over {PATTERN_SECONDS:g} s on {path!r}. "
@@ -295,8 +332,12 @@ def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _is_rank(value: Any) -> bool:
+    return _is_int(value, 1) and value <= MAX_RANK
+
+
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _is_text(value: Any) -> bool:
@@ -304,13 +345,32 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
-    if not _is_text(value) or len(value) > 1000:
-        return False
+    return _is_text(value) and _pattern_fault(value) is None
+
+
+def _pattern_fault(value: str) -> str | None:
+    """Why a text is no regular expression, here and for PEFT, which reads the file with `re`; None if it is one."""
+    if len(value) > MAX_PATTERN:
+        return f"{value[:40]!r}… has {len(value):,} characters, at most {MAX_PATTERN:,} are allowed"
     try:
-        regex.compile(value)
-    except regex.error:
-        return False
-    return True
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(value)
+            regex.compile(value)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        return f"{value!r} is not a regular expression: {error}"
+    return None
+
+
+def _why_no_pattern(name: str, value: Any) -> str:
+    """The first fault among the regular expressions that a field holds, to be added to what is allowed."""
+    match name, value:
+        case "target_modules" | "exclude_modules" | "layers_pattern", str():
+            texts = [value]
+        case "layers_pattern" | "rank_pattern" | "alpha_pattern", list() | dict():
+            texts = [text for text in value if isinstance(text, str)]
+        case _:
+            texts = []
+    return next((f" ({fault})" for text in texts if (fault := _pattern_fault(text))), "")
 
 
 def _is_names(value: Any) -> bool:
@@ -336,7 +396,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (_or_none(lambda v: isinstance(v, str)), "must be None, a path or a hub id"),
     "revision": (_or_none(_is_text), "must be None or a branch, tag or commit"),
     "inference_mode": (lambda v: isinstance(v, bool), "must be True or False"),
-    "r": (lambda v: _is_int(v, 1), "must be an integer of at least 1"),
+    "r": (_is_rank, f"must be an integer from 1 to {MAX_RANK:,}"),
     "target_modules": (
         _or_none(lambda v: _is_names(v) or _is_pattern(v)),
         f"{_NAMES_OR_PATTERN}, {ALL_LINEAR!r} or None",
@@ -364,8 +424,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "must be None or the name (or names) of a list of layers, such as 'layers'",
     ),
     "rank_pattern": (
-        lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_int(rank, 1) for k, rank in v.items()),
-        "must map names or regular expressions to integers of at least 1",
+        lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_rank(rank) for k, rank in v.items()),
+        f"must map names or regular expressions to integers from 1 to {MAX_RANK:,}",
     ),
     "alpha_pattern": (
         lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_positive(alpha) for k, alpha in v.items()),

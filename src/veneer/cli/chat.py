@@ -37,7 +37,8 @@ def chat(
     with quiet():
         if adapter or is_adapter(model):
             loaded = load_adapted(adapter or model, base=model if adapter else None)
-            speaker, tokenizer = loaded.model, loaded.tokenizer
+            speaker: Any = loaded.model
+            tokenizer = loaded.tokenizer
         else:
             speaker, tokenizer = load_model(model), load_tokenizer(model)
         speaker.to(device()).eval()
@@ -128,6 +129,6 @@ class Talk:
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampling,
             )
-        text = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         self.said.append(Message("assistant", text))
         return text

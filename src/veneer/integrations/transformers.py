@@ -88,9 +88,9 @@ class AdaptedModel(nn.Module):
         if is_main_process:
             save_adapter(self, active[0], Path(save_directory))
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, such that recomputation uses the adapters of forward time."""
-        super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        # where all of transformers' ways to switch checkpointing on end: recompute on the route of forward time
+        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[operator]
         protect_checkpointing(self)
 
     def disable_adapters(self) -> None:

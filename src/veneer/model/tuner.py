@@ -161,11 +161,15 @@ class LoraModel(nn.Module):
         self._refuse_without_adapters("unload")
         return merge.remove_all(self.model)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own, such that recomputation uses the adapters of forward time."""
-        enable: Callable[..., None] = self.model.gradient_checkpointing_enable  # type: ignore[assignment]
+        enable: Callable[..., None] = self.model.activation_checkpointing_enable  # type: ignore[assignment]
         enable(*args, **kwargs)
         protect_checkpointing(self.model)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def _refuse_without_adapters(self, what: str) -> None:
         if not self.peft_config:

@@ -6,6 +6,7 @@ No pickle: `adapter_model.bin` is refused.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def read_config(folder: Path) -> dict[str, Any]:
     """The JSON object in `adapter_config.json`. Raises AdapterFileError naming the file, line and column."""
     file = Path(folder) / CONFIG_FILE
+    if file.is_symlink() and not file.exists():
+        raise AdapterFileError(f"{file} is a link to a file that does not exist.")
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise AdapterFileError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes; no adapter's config is.")
@@ -42,6 +45,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(
             f"{file} is damaged or cut off: {error.msg} at line {error.lineno}, column {error.colno}."
         ) from None
+    except RecursionError:
+        raise AdapterFileError(f"{file} is nested too deeply; no adapter's config is.") from None
     except ValueError as error:
         raise AdapterFileError(f"{file}: {error}") from None
     if not isinstance(data, dict):
@@ -52,6 +57,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_weights_header(folder: Path) -> Header:
     """Names, shapes and dtypes in `adapter_model.safetensors`. Raises AdapterFileError."""
     file = Path(folder) / WEIGHTS_FILE
+    if file.is_symlink() and not file.exists():
+        raise AdapterFileError(f"{file} is a link to a file that does not exist.")
     if not file.exists():
         if (Path(folder) / PICKLE_FILE).exists():
             raise AdapterFileError(
@@ -68,11 +75,12 @@ def check_header(folder: Path, header: Header, expected: Mapping[str, tuple[int,
     `ignore` lists names that may be there and are not used. Raises AdapterFileError that lists every difference.
     """
     file = Path(folder) / WEIGHTS_FILE
+    unused = set(ignore)
     missing = [f"missing      {name} {list(shape)}" for name, shape in expected.items() if name not in header.tensors]
     extra = [
         f"not expected {name} {list(info.shape)}"
         for name, info in header.tensors.items()
-        if name not in expected and name not in set(ignore)
+        if name not in expected and name not in unused
     ]
     wrong = []
     for name, shape in expected.items():
@@ -132,8 +140,10 @@ def write_adapter(
     """Write both files in one step and read them back before they count.
 
     Whatever happens, the folder holds the old adapter or the new one. Other files of the folder stay; a pickle of an
-    older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite.
+    older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite,
+    or if the files cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -141,11 +151,14 @@ def write_adapter(
         raise AdapterFileError(
             bullet_list(f"Not saved to {folder}: these tensors hold NaN or infinity:", _shortened(broken))
         )
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     notes = {"format": "pt", "sha256": checksum(plain), **(metadata or {})}
 
     def fill(stage: Path) -> None:
-        save_file(plain, str(stage / WEIGHTS_FILE), metadata=notes)
+        try:
+            save_file(plain, str(stage / WEIGHTS_FILE), metadata=notes)
+        except SafetensorError as error:
+            raise AdapterFileError(f"Not saved to {folder}: {error}") from None
         (stage / CONFIG_FILE).write_text(config_json, encoding="utf-8")
         check_integrity(stage, read_weights_header(stage), read_tensors(stage, plain))
         if (stage / CONFIG_FILE).read_text(encoding="utf-8") != config_json:
@@ -156,6 +169,15 @@ def write_adapter(
         raise AdapterFileError(f"{folder} is a file; an adapter is saved to a folder.")
     write_folder(folder, fill)
     (folder / PICKLE_FILE).unlink(missing_ok=True)
+
+
+def _apart(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """The tensors, copied where two are views of one memory, which safetensors refuses to write."""
+    memory = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone() if memory[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

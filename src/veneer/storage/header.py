@@ -14,9 +14,11 @@ from veneer.errors import AdapterFileError
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 32
+MAX_BYTES = 1 << 63
 
 DTYPE_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
@@ -63,10 +65,12 @@ def read_header(file: Path) -> Header:
         raise AdapterFileError(f"{file} lists {len(entries):,} tensors; an adapter has at most {MAX_TENSORS:,}.")
     tensors = {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
     _check_extent(file, tensors, size - 8 - length)
-    return Header(tensors, {str(k): str(v) for k, v in metadata.items()}, 8 + length)
+    return Header(tensors, metadata, 8 + length)
 
 
 def _refuse_impostors(file: Path, start: bytes) -> None:
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        raise AdapterFileError(f"{file} is a pickle, not a safetensors file: it was renamed, or saved by torch.save.")
     if start.startswith(b"version https://git-lfs"):
         raise AdapterFileError(f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` where it lies.")
     if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
@@ -84,8 +88,11 @@ def _parse(file: Path, text: bytes) -> dict:
 
     try:
         entries = json.loads(text, object_pairs_hook=refuse_duplicates)
-        if not isinstance(entries, dict) or not isinstance(entries.get("__metadata__", {}), dict):
+        if not isinstance(entries, dict):
             raise ValueError("it is not a table of tensors")
+        notes = entries.get("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError("its metadata is not a table of texts")
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{file} is damaged: its header cannot be read ({error}).") from None
     return entries
@@ -94,8 +101,8 @@ def _parse(file: Path, text: bytes) -> dict:
 def _tensor_info(file: Path, name: str, entry: object) -> TensorInfo:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-            whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
-            if dtype in DTYPE_BYTES and whole and 0 <= start <= end:
+            whole = all(type(n) is int and 0 <= n < MAX_BYTES for n in (*shape, start, end))
+            if dtype in DTYPE_BYTES and whole and len(shape) <= MAX_DIMENSIONS:
                 expected = prod(shape) * DTYPE_BYTES[dtype]
                 if expected == end - start:
                     return TensorInfo(dtype, tuple(shape), expected, start)

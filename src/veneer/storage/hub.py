@@ -6,7 +6,7 @@ from typing import Any
 from veneer.errors import AdapterFileError
 from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
 def adapter_folder(location: str | Path, *, subfolder: str | None = None, weights: bool = True, **hub: Any) -> Path:
@@ -18,9 +18,12 @@ def adapter_folder(location: str | Path, *, subfolder: str | None = None, weight
     if unknown:
         raise AdapterFileError(f"Unknown option {', '.join(unknown)}; for the hub there are {', '.join(HUB_OPTIONS)}.")
     folder = Path(location) / (subfolder or "")
-    if Path(location).exists():
-        return folder
     text = str(location)
+    try:
+        if text and Path(location).exists():
+            return folder
+    except OSError as error:
+        raise AdapterFileError(f"{text} cannot be read: {error.strerror or error}") from None
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise AdapterFileError(f"There is no folder {folder}, and {text!r} is not a hub id (user/name).")
     return _download(text, subfolder, weights, {name: value for name, value in hub.items() if value is not None})
@@ -35,7 +38,7 @@ def _download(repository: str, subfolder: str | None, weights: bool, hub: dict[s
         if weights:
             hf_hub_download(repository, WEIGHTS_FILE, subfolder=subfolder, **hub)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterFileError(
             f"There is no folder {repository}, and it could not be downloaded from the hub: {reason}"
         ) from None

@@ -8,16 +8,16 @@ string is a regular expression for the full path, exclusion wins, and a layer's 
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
-import regex
 from torch import nn
 
-from veneer.config import ALL_LINEAR, LoraConfig, TaskType, matches, matches_end, rank_and_alpha
+from veneer.config import ALL_LINEAR, LoraConfig, TaskType, matches, matches_end, rank_and_alpha, whole_match
 from veneer.errors import TargetError, VeneerWarning, bullet_list
 from veneer.layers.kinds import kind_of
 from veneer.targets.site import Site
 from veneer.targets.structure import Structure, structure_of
-from veneer.targets.suggest import explain_unmatched
+from veneer.targets.suggest import explain_unmatched, some
 
 HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -65,7 +65,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> Resolution:
         sites=sites,
         saved=tuple(saved),
         biases=_biases(structure, config, paths, saved),
-        target_modules=_names_on_disk(structure, config, chosen, saved),
+        target_modules=_names_on_disk(structure, config, chosen, paths, saved),
         modules_to_save=save_names or None,
     )
 
@@ -73,6 +73,10 @@ def resolve(model: nn.Module, config: LoraConfig) -> Resolution:
 def named(names: Iterable[str], path: str) -> list[str]:
     """Those of the names that mean this path: the path itself, or its end after a dot."""
     return [name for name in names if path == name or path.endswith(f".{name}")]
+
+
+def _as_list(choice: list[str] | str | None) -> list[str]:
+    return [choice] if isinstance(choice, str) else choice or []
 
 
 def _selector(choice: list[str] | str) -> Callable[[str], bool]:
@@ -83,12 +87,13 @@ def _selector(choice: list[str] | str) -> Callable[[str], bool]:
 
 def _saved(structure: Structure, config: LoraConfig, problems: list[str]) -> tuple[list[str], list[str]]:
     """Names and paths of the modules trained in full: those asked for, and the head of a classifier."""
-    names = list(config.modules_to_save or [])
+    heads = HEADS.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    present = [head for head in heads if any(named([head], path) for path in structure.modules)]
+    # PEFT lists every name a head may have; those that this model does not have mean nothing
+    names = [name for name in config.modules_to_save or [] if name in present or name not in heads]
     for name in names:
         if not any(named([name], path) for path in structure.modules):
             problems.append(explain_unmatched("modules_to_save", name, structure.modules))
-    heads = HEADS.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
-    present = [head for head in heads if any(named([head], path) for path in structure.modules)]
     names += [head for head in present if head not in names]
     if heads and not names:
         warnings.warn(
@@ -116,7 +121,7 @@ def _targeted(structure: Structure, config: LoraConfig, saved: list[str], proble
         return chosen
     selects = _selector(target)
     found = [path for path in structure.modules if selects(path)]
-    for name in [target] if isinstance(target, str) else target:
+    for name in _as_list(target):
         mine = found if isinstance(target, str) else [path for path in found if named([name], path)]
         if not mine:
             problems.append(
@@ -130,29 +135,23 @@ def _targeted(structure: Structure, config: LoraConfig, saved: list[str], proble
 def _excluded(structure: Structure, config: LoraConfig, chosen: list[str], problems: list[str]) -> list[str]:
     exclude = config.exclude_modules
     if not exclude:
-        kept = chosen
-    else:
-        for name in [exclude] if isinstance(exclude, str) else exclude:
-            if not any(_selector(exclude if isinstance(exclude, str) else [name])(path) for path in chosen):
-                problems.append(explain_unmatched("exclude_modules", name, chosen, is_pattern=isinstance(exclude, str)))
-        drops = _selector(exclude)
-        kept = [path for path in chosen if not drops(path)]
-    for path in kept:
-        reason = structure.refusal(path)
-        if reason:
-            problems.append(f"target_modules: {path} cannot be adapted: {reason}")
-    return kept
+        return chosen
+    for name in _as_list(exclude):
+        if chosen and not any(map(_selector(exclude if isinstance(exclude, str) else [name]), chosen)):
+            problems.append(explain_unmatched("exclude_modules", name, chosen, is_pattern=isinstance(exclude, str)))
+    drops = _selector(exclude)
+    return [path for path in chosen if not drops(path)]
 
 
-def _layer_index(config: LoraConfig, path: str) -> int | None:
-    patterns = config.layers_pattern or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns or [r"[^.]*"]:
-        lead = r"(?:^|.*?\.)" if patterns else r".*?\."
-        found = regex.match(rf"{lead}(?:{pattern})\.(?P<index>\d+)\.", path, timeout=1)
-        if found:
-            return int(found["index"])
-    return None
+def _layer_patterns(config: LoraConfig) -> list[str]:
+    """Regular expressions for the start of a path, up to the layer's number; the first that matches counts."""
+    names = _as_list(config.layers_pattern)
+    return [rf"(?:.*?\.)??(?:{name})" for name in names] if names else [r".*?\.[^.]*"]
+
+
+def _layer_index(patterns: list[str], path: str) -> int | None:
+    found = (whole_match(rf"{pattern}\.(?P<index>\d+)\..*", path) for pattern in patterns)
+    return next((int(match["index"]) for match in found if match), None)
 
 
 def _in_layers(config: LoraConfig, chosen: list[str], problems: list[str]) -> list[str]:
@@ -160,29 +159,57 @@ def _in_layers(config: LoraConfig, chosen: list[str], problems: list[str]) -> li
     if wanted is None:
         return chosen
     wanted = [wanted] if isinstance(wanted, int) else wanted
-    index = {path: _layer_index(config, path) for path in chosen}
+    patterns = _layer_patterns(config)
+    index = {path: _layer_index(patterns, path) for path in chosen}
+    kept = [path for path in chosen if index[path] in wanted]
     existing = sorted({i for i in index.values() if i is not None})
+    lists = sorted({name for path in chosen for name, number in pairwise(path.split(".")) if number.isdigit()})
     if chosen and not existing:
-        where = f" after {config.layers_pattern!r}" if config.layers_pattern else ""
-        problems.append(f"layers_to_transform: the targeted layers have no number in their path{where}")
+        hint = f"layers_pattern can be {' or '.join(map(repr, lists))}" if lists else "leave it out"
+        problems.append(f"layers_to_transform: no targeted layer has a number where it is looked for; {hint}")
     elif absent := sorted(set(wanted) - set(existing)):
         problems.append(
             f"layers_to_transform: no targeted layer has index {', '.join(map(str, absent))}; "
             f"there are {existing[0]} to {existing[-1]}"
         )
-    return [path for path in chosen if index[path] in wanted]
+    else:
+        problems.extend(_lost_in_layers(config, chosen, kept))
+        for name, pattern in zip(_as_list(config.layers_pattern), patterns, strict=False):
+            if chosen and all(_layer_index([pattern], path) is None for path in chosen):
+                problems.append(f"layers_pattern: {name!r} matches nothing; there are {', '.join(lists)}")
+    return kept
+
+
+def _lost_in_layers(config: LoraConfig, chosen: list[str], kept: list[str]) -> list[str]:
+    """Target names that layers_to_transform leaves without any layer."""
+    if not isinstance(config.target_modules, list):
+        return []
+    means = {name: [path for path in chosen if named([name], path)] for name in config.target_modules}
+    return [
+        f"target_modules: {name!r} means no layer that layers_to_transform names, only {some(paths)}"
+        for name, paths in means.items()
+        if paths and not set(paths) & set(kept)
+    ]
 
 
 def _check_patterns(config: LoraConfig, paths: list[str], problems: list[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
-        unused = dict(getattr(config, field))
-        for path in paths:
-            key = next((key for key in getattr(config, field) if matches_end(key, path)), None)
-            unused.pop(key, None)
-        problems.extend(explain_unmatched(field, key, paths) for key in unused if paths)
+        free = list(paths)
+        for key in getattr(config, field):
+            mine = [path for path in paths if matches_end(key, path)]
+            if paths and not mine:
+                problems.append(explain_unmatched(field, key, paths))
+            elif mine and not set(mine) & set(free):
+                problems.append(f"{field}: {key!r} has no effect, keys before it match the same layers; put it first")
+            free = [path for path in free if path not in set(mine)]
 
 
 def _check_layers(structure: Structure, config: LoraConfig, paths: list[str], problems: list[str]) -> None:
+    refused: dict[str, list[str]] = {}
+    for path in paths:
+        if reason := structure.refusal(path):
+            refused.setdefault(reason, []).append(path)
+    problems.extend(f"target_modules: {some(those)} cannot be adapted: {why}" for why, those in refused.items())
     if config.fan_in_fan_out and paths and not problems:
         kinds = {kind.name for path in paths if (kind := kind_of(structure.modules[path]))}
         if "conv1d" not in kinds:
@@ -219,17 +246,25 @@ def _biases(structure: Structure, config: LoraConfig, paths: list[str], saved: l
     return tuple(f"{path}.bias" for path in owners if structure.has_bias(path) and not _inside(path, saved))
 
 
-def _names_on_disk(structure: Structure, config: LoraConfig, chosen: list[str], saved: list[str]) -> list[str] | str:
-    """The target_modules of the adapter file: as given, or the shortest names that mean just the chosen layers."""
+def _names_on_disk(
+    structure: Structure, config: LoraConfig, chosen: list[str], paths: list[str], saved: list[str]
+) -> list[str] | str:
+    """The target_modules of the adapter file: as given, or the shortest names that mean just the adapted layers.
+
+    The names may also mean chosen layers that layers_to_transform drops, by their number, when the file is read.
+    """
     target = config.target_modules
     if target is not None and target != ALL_LINEAR:
         return sorted(target) if isinstance(target, list) else target
-    others = [path for path in structure.modules if path not in set(chosen) and not _inside(path, saved)]
+    patterns = _layer_patterns(config)
+    numbered = {path for path in chosen if _layer_index(patterns, path) is not None}
+    harmless = {*paths, *(numbered if config.layers_to_transform is not None else ())}
+    others = [path for path in structure.modules if path not in harmless and not _inside(path, saved)]
     drops = _selector(config.exclude_modules) if config.exclude_modules else lambda path: False
     others = [path for path in others if not drops(path)]
     taken = {suffix for path in others for suffix in _suffixes(path)}
     names: set[str] = set()
-    for path in chosen:
+    for path in paths:
         names.add(next((suffix for suffix in _suffixes(path) if suffix not in taken), path))
     return sorted(names)
 

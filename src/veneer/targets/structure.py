@@ -31,10 +31,9 @@ class Structure:
         module = self.modules[path]
         kind = kind_of(module)
         if kind is None:
-            return (
-                f"{base_class(module).__name__} is not a kind of layer that can be adapted "
-                "(Linear, Conv1D and Embedding are)"
-            )
+            inside = dict.fromkeys(p.rpartition(".")[2] for p in self.layers if p.startswith(f"{path}."))
+            hint = f"it holds {', '.join(inside)}; name those" if inside else "Linear, Conv1D and Embedding are"
+            return f"{base_class(module).__name__} is not a kind of layer that can be adapted ({hint})"
         return self.readers.get(path) or kind.refuse(module)
 
     def has_bias(self, path: str) -> bool:

@@ -49,8 +49,8 @@ class Size:
     max_new_tokens: int
 
 
-FULL = Size(train_rows=320, batch_size=8, learning_rate=1e-3, scored_rows=64, merged_rows=8, max_new_tokens=96)
-QUICK = Size(train_rows=64, batch_size=4, learning_rate=1.5e-3, scored_rows=8, merged_rows=3, max_new_tokens=80)
+FULL = Size(train_rows=320, batch_size=8, learning_rate=1e-3, scored_rows=64, merged_rows=8, max_new_tokens=80)
+QUICK = Size(train_rows=48, batch_size=4, learning_rate=1.5e-3, scored_rows=8, merged_rows=3, max_new_tokens=80)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def _settings(model: Path, output: Path, size: Size) -> RunConfig:
         dtype="float32",
         data=Data(train=str(output / DATA_FILE)),
         lora=Lora(r=16, lora_alpha=32),
-        training=Training(batch_size=size.batch_size, learning_rate=size.learning_rate, max_length=512),
+        training=Training(batch_size=size.batch_size, learning_rate=size.learning_rate, warmup=0, max_length=512),
         output=str(output),
         overwrite=True,
     )
@@ -172,7 +172,8 @@ def _rows(file: str, count: int) -> list[Row]:
 def _base(folder: Path) -> "PreTrainedModel":
     from veneer.train.load import device
 
-    return load_model(str(folder), dtype="float32").to(device())
+    model: Any = load_model(str(folder), dtype="float32")
+    return model.to(device())
 
 
 def _with_adapter(folder: Path, adapter: Path) -> Any:
@@ -204,7 +205,9 @@ def _ask(
 ) -> list[str]:
     prompts = [row.messages[:-1] for row in rows]
     with progress.bar(title):
-        return answer(model, tokenizer, prompts, max_new_tokens=size.max_new_tokens, on_batch=progress.advance)
+        return answer(
+            model, tokenizer, prompts, max_new_tokens=size.max_new_tokens, batch_size=32, on_batch=progress.advance
+        )
 
 
 def _merge(adapted: Any, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

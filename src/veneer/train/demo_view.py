@@ -1,17 +1,19 @@
 """The demonstration on the screen."""
 
 import json
+from shlex import quote
 from typing import TYPE_CHECKING
 
-from veneer.train.demo import REPORT_FILE, SETTINGS_FILE, Exam, Report
-from veneer.train.progress import clock
+from veneer.train.demo import INSTRUCTION, REPORT_FILE, SETTINGS_FILE, Exam, Report
+from veneer.train.progress import duration
 from veneer.train.scoring import Scores
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SHOWN = 3
-SHORT = 220
+SHORT = 120
+QUESTION = "Parse this US address into JSON: 55 W 8th St, Apt 3, New York, NY 10011"
 
 
 def show_before(console: "Console", exam: Exam) -> None:
@@ -34,7 +36,7 @@ def show_report(console: "Console", report: Report) -> None:
     console.print(
         f"Trained {report.result.trainable:,} of {report.result.total:,} parameters "
         f"({100 * report.result.trainable / report.result.total:.2f} %) in {report.result.steps} steps, "
-        f"{clock(seconds['train'])} min; everything together {clock(seconds['total'])} min."
+        f"{duration(seconds['train'])}; everything together {duration(seconds['total'])}."
     )
     console.print(f"The merged model gives the same answers ({report.merged_checked} of {report.merged_checked}).\n")
     show_places(console, report)
@@ -62,7 +64,7 @@ def show_places(console: "Console", report: Report) -> None:
     console.print("\nNext:", style="bold")
     for command in (
         f"veneer inspect {report.result.adapter_dir}",
-        f"veneer chat {report.result.adapter_dir}",
+        f"veneer chat {report.result.adapter_dir} --system {quote(INSTRUCTION)} --prompt {quote(QUESTION)}",
         f"veneer targets {report.model}",
         "veneer init run.yaml",
     ):

@@ -125,7 +125,7 @@ class Live(Progress):
 
     def step(self, step: Step) -> None:
         """Move the bar and show the step's numbers."""
-        if step.loss is not None:
+        if step.loss is not None and self._losses[-1:] != [step.loss]:
             self._losses.append(step.loss)
         state = str(step).partition("   ")[2].replace("   ", "  ")
         self._bars.update(self._task, completed=step.step, total=step.steps, curve=sparkline(self._losses), state=state)
@@ -158,3 +158,13 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def duration(seconds: float) -> str:
+    """A time span in words.
+
+    >>> duration(51), duration(75)
+    ('51 s', '1 min 15 s')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -29,7 +29,7 @@ from veneer.train.tokens import Tokens, stop_ids, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     from veneer.train.trainer import VeneerSFTTrainer
     from veneer.train.watch import Meter
@@ -164,8 +164,8 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - begun
     history = trainer.state.log_history
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    eval_losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    eval_losses = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     adapter_dir = _save(model, tokenizer, output)
     return Result(
         adapter_dir=adapter_dir,
@@ -229,7 +229,7 @@ def _dataset(tokens: Tokens) -> Any:
 def _arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConfig":
     """TRL's arguments. Rows come tokenised and cut, so max_length is given only where it is the size of a pack."""
     import torch
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     run = settings.training
     return SFTConfig(
@@ -246,7 +246,7 @@ def _arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTCon
         max_grad_norm=run.max_grad_norm,
         max_length=run.max_length if run.packing else None,
         packing=run.packing,
-        gradient_checkpointing=run.gradient_checkpointing,
+        activation_checkpointing=run.gradient_checkpointing,
         seed=run.seed,
         logging_steps=run.log_every,
         logging_first_step=True,

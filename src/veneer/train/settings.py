@@ -46,7 +46,7 @@ class Lora(Section):
     """The fields of LoraConfig, by the same names."""
 
     r: int = 16
-    lora_alpha: Finite = 32
+    lora_alpha: int | Finite = 32
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     lora_dropout: Finite = 0.0
@@ -64,10 +64,7 @@ class Lora(Section):
         """The LoraConfig these fields make; ConfigError if they cannot be right."""
         from veneer import LoraConfig
 
-        fields = self.model_dump()
-        if float(fields["lora_alpha"]).is_integer():
-            fields["lora_alpha"] = int(fields["lora_alpha"])
-        return LoraConfig(**fields, task_type="CAUSAL_LM")
+        return LoraConfig(**self.model_dump(), task_type="CAUSAL_LM")
 
 
 class Training(Section):
@@ -217,7 +214,7 @@ def _in_words(detail: ErrorDetails) -> str:
         return message if not keys else f"{name}: {message}"
     if detail["type"] == "model_type":
         return f"{name}: must be a section with keys of its own ({', '.join(SECTIONS[name].model_fields)})"
-    allowed = detail["msg"].removeprefix("Input ").replace(", unable to parse string as a number", "")
+    allowed = detail["msg"].removeprefix("Input ").partition(", unable to parse")[0]
     return f"{name}: {allowed}, got {detail['input']!r}"
 
 

@@ -13,6 +13,8 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path, PurePosixPath
 
 from veneer.errors import MissingPackageError, RunError
@@ -143,7 +145,7 @@ def _convert(source: Path, stage: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with quiet():
+    with quiet(), redirect_stderr(StringIO()):  # the reader of GGUF files draws a bar that nothing turns off
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=GGUF, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )

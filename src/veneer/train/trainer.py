@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from veneer.integrations.transformers import LoraTrainerMixin
 from veneer.train.tokens import IGNORED

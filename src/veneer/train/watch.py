@@ -66,10 +66,12 @@ class LogFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **rest: Any,
     ) -> None:
-        """Write what the trainer logs."""
+        """Write a training or evaluation loss; the summary at the end is not a step."""
+        if not logs or not {"loss", "eval_loss"} & logs.keys():
+            return
         speed = {"tokens_per_second": round(self.meter.tokens_per_second, 1), "seconds": round(self.meter.seconds, 2)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {}), **speed}) + "\n")
+            file.write(json.dumps({"step": state.global_step, **logs, **speed}) + "\n")
 
 
 class Show(TrainerCallback):
@@ -86,6 +88,11 @@ class Show(TrainerCallback):
         """Start the clock."""
         self.meter.started, self.first = time.monotonic(), state.global_step
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        """Show a step whose loss is not logged."""
+        if not control.should_log:
+            self._show(state)
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -94,8 +101,12 @@ class Show(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **rest: Any,
     ) -> None:
-        """Remember the loss and show the step: the log comes after the step it belongs to."""
-        self.loss = (logs or {}).get("loss", self.loss)
+        """Show a step with its loss."""
+        if logs and "loss" in logs:
+            self.loss = logs["loss"]
+            self._show(state)
+
+    def _show(self, state: TrainerState) -> None:
         done = state.global_step - self.first
         left = (state.max_steps - state.global_step) * self.meter.seconds / max(done, 1)
         self.progress.step(

@@ -1,0 +1,184 @@
+"""Forward and merge are twins, for every kind and rule; dropout and dtypes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+import veneer
+from veneer.functional import dora
+from veneer.init import Weight, initialise
+from veneer.layers.adapter import RULES, Adapter
+from veneer.layers.attach import attach
+from veneer.layers.kinds import KINDS, Kind, class_name, kind_of, register_kind
+from veneer.layers.route import Route
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 5, bias=False), lambda: torch.randn(2, 3, 6)),
+    "conv1d": (lambda: Conv1D(5, 6), lambda: torch.randn(2, 3, 6)),
+    "embedding": (lambda: nn.Embedding(7, 5), lambda: torch.randint(0, 7, (2, 3))),
+}
+
+
+def make(name: str, rule: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(0)
+    layer, x = LAYERS[name][0]().to(dtype), LAYERS[name][1]()
+    x = x.to(dtype) if x.is_floating_point() else x
+    kind = kind_of(layer)
+    assert kind is not None
+    factors = initialise("normal_both", Weight(*kind.dims(layer), torch.device("cpu"), lambda: layer.weight), 3)
+    magnitude = torch.rand(kind.dims(layer)[0], dtype=torch.float64) + 0.5 if rule == "dora" else None
+    adapter = Adapter(kind, factors, scale=0.7, dropout=dropout, magnitude=magnitude).double()
+    route = Route()
+    route.set(active=("a",))
+    return layer, x, adapter, route
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_the_merged_weight_gives_the_same_output(name, rule):
+    layer, x, adapter, route = make(name, rule)
+    base, before = layer.weight.detach().clone(), layer(x)
+    attach(layer, "a", adapter, route)
+    expected = layer(x)
+    assert not torch.allclose(expected, before)
+    route.set(enabled=False)
+    assert torch.equal(layer(x), before)
+    with torch.no_grad():
+        layer.weight.copy_(adapter.merged(base, base))
+    assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_dora_starts_as_the_base(name):
+    layer, x, adapter, route = make(name, "add")
+    W_OI = adapter.kind.to_matrix(layer.weight.detach())
+    with torch.no_grad():
+        adapter.lora_B.zero_()
+    norms = dora.row_norms(W_OI, adapter.lora_A, adapter.lora_B, adapter.scale)
+    before = layer(x)
+    with_magnitude = Adapter(
+        adapter.kind, type("F", (), {"A": adapter.lora_A, "B": adapter.lora_B}), scale=0.7, magnitude=norms
+    ).double()
+    attach(layer, "a", with_magnitude, route)
+    assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_dropout_acts_in_training_only_and_keeps_the_mean(name, rule):
+    layer, x, adapter, route = make(name, rule, dropout=0.25)
+    attach(layer, "a", adapter, route)
+    exact = layer.eval()(x)
+    assert torch.equal(layer(x), exact)
+    layer.train()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        runs = torch.stack([layer(x) for _ in range(4000)])
+    spread = runs.std(0)
+    assert (spread > 0).any()
+    error = (runs.mean(0) - exact).abs()
+    assert (error < 5 * spread / 4000**0.5 + 1e-9).all()
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_dropout_of_linear_is_that_of_the_plain_formula(rule):
+    layer, x, adapter, route = make("linear", rule, dropout=0.5)
+    attach(layer, "a", adapter, route)
+    layer.train()
+    torch.manual_seed(4)
+    found = layer(x)
+    torch.manual_seed(4)
+    kept = F.dropout(x, 0.5)
+    update = 0.7 * kept @ adapter.lora_A.T @ adapter.lora_B.T
+    plain = F.linear(x, layer.weight, layer.bias)
+    if rule == "add":
+        assert_close(found, plain + update)
+    else:
+        V = layer.weight + 0.7 * adapter.lora_B @ adapter.lora_A
+        gain = adapter.lora_magnitude / V.norm(dim=1)
+        assert_close(found, plain + (gain - 1) * (kept @ layer.weight.T) + gain * update)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_output_keeps_the_bases_dtype(base, rule):
+    layer, x, adapter, route = make("linear", rule, dtype=base)
+    attach(layer, "a", adapter.float(), route)
+    y = layer(x)
+    assert y.dtype == base
+    y.float().sum().backward()
+    assert adapter.lora_A.grad.dtype == torch.float32
+
+
+def test_the_sum_over_a_half_precision_base_is_rounded_once():
+    layer, x, adapter, route = make("linear", "add", dtype=torch.bfloat16)
+    y = layer(x)
+    attach(layer, "a", adapter.float(), route)
+    exact = y.double() + adapter.scale * x.double() @ adapter.lora_A.T.double() @ adapter.lora_B.T.double()
+    assert torch.equal(layer(x), exact.to(torch.bfloat16))
+
+
+def test_autocast():
+    layer, x, adapter, route = make("linear", "add", dtype=torch.float32)
+    attach(layer, "a", adapter.float(), route)
+    exact = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y.float(), exact, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_the_norm_is_a_constant_and_other_gradients_are_exact(name, rule):
+    """Gradients equal those of the plain formula written with whole weights, in float64."""
+    layer, x, adapter, route = make(name, rule)
+    attach(layer, "a", adapter, route)
+    weight_of = adapter.kind.to_matrix
+    layer(x).square().sum().backward()
+    found = [p.grad.clone() for p in adapter.parameters()]
+    adapter.zero_grad()
+    W = weight_of(layer.weight.detach()) + adapter.scale * adapter.lora_B @ adapter.lora_A
+    if rule == "dora":
+        W = W * (adapter.lora_magnitude / W.detach().norm(dim=1)).unsqueeze(1)
+    bias = getattr(layer, "bias", None)
+    y = W.T[x] if name == "embedding" else F.linear(x, W, bias)
+    y.square().sum().backward()
+    for gradient, parameter in zip(found, adapter.parameters(), strict=True):
+        assert_close(gradient, parameter.grad)
+
+
+def test_a_kind_of_ones_own(monkeypatch):
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+            self.bias = None
+
+        def forward(self, x):
+            return 2 * F.linear(x, self.weight)
+
+    linear = KINDS["torch.nn.modules.linear.Linear"]
+    monkeypatch.setitem(KINDS, class_name(Doubling), linear)  # so that the registration ends with the test
+    mine = Kind(
+        "doubling",
+        dims=lambda layer: tuple(layer.weight.shape),
+        update=lambda layer, x, A, B, scale, p: 2 * linear.update(layer, x, A, B, scale, p),
+        base_update=linear.base_update,
+        to_matrix=linear.to_matrix,
+        from_matrix=linear.from_matrix,
+        inits=linear.inits,
+        linear=True,
+    )
+    register_kind(Doubling, mine)
+    assert kind_of(Doubling()) is mine
+    model = nn.Sequential(Doubling(), nn.Linear(3, 3))
+    before = model(x := torch.randn(2, 4))
+    adapted = veneer.get_peft_model(model, veneer.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    adapter = model[0].adapters["default"]
+    update = 2 * adapter.scale * x @ adapter.lora_A.T @ adapter.lora_B.T
+    assert_close(adapted(x), before + update @ model[1].weight.T)

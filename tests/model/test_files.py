@@ -1,0 +1,263 @@
+"""Saving and loading adapters over a model: what is refused, and that a refusal changes nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+import veneer
+from veneer.errors import AdapterFileError, AdapterNameError, ConfigError, TargetError
+from veneer.storage.header import read_header
+
+FIELDS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter on disk as PEFT would write it: without our checksum and notes."""
+    model = tiny.shake(veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS)))
+    model.save_pretrained(tmp_path / "a")
+    save_file(load_file(tmp_path / "a" / WEIGHTS), tmp_path / "a" / WEIGHTS, metadata={"format": "pt"})
+    return tmp_path / "a"
+
+
+def edit_config(folder, **changes):
+    file = folder / CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+def rename_all(old, new):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+DAMAGES = {
+    "a tensor is missing": (lambda f: edit_weights(f, drop(KEY)), rf"missing +{KEY} \[16, 8\]"),
+    "all keys are under another prefix": (
+        lambda f: edit_weights(f, rename_all("base_model.model.", "other.")),
+        "missing.*\n.*[\\s\\S]*not expected other.model.layers",
+    ),
+    "an extra tensor": (lambda f: edit_weights(f, put("extra", torch.ones(2))), r"not expected extra \[2\]"),
+    "a key of the base": (
+        lambda f: edit_weights(f, put("base_model.model.lm_head.weight", torch.ones(64, 32))),
+        "not expected base_model.model.lm_head.weight",
+    ),
+    "a base weight under the adapted layer": (
+        lambda f: edit_weights(
+            f, put("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight", torch.ones(32, 32))
+        ),
+        "brings its own model.layers.0.self_attn.q_proj.weight",
+    ),
+    "a transposed factor": (
+        lambda f: edit_weights(f, lambda t: t.update({KEY: t[KEY].T.contiguous()})),
+        rf"wrong shape +{KEY} \[8, 16\], the model needs \[16, 8\]",
+    ),
+    "a NaN": (lambda f: edit_weights(f, lambda t: t[KEY].fill_(float("nan"))), f"NaN or infinity[\\s\\S]*{KEY}"),
+    "an infinity": (lambda f: edit_weights(f, lambda t: t[KEY].fill_(float("inf"))), f"NaN or infinity[\\s\\S]*{KEY}"),
+    "integers": (lambda f: edit_weights(f, lambda t: t.update({KEY: t[KEY].to(torch.int8)})), "is I8; adapters are"),
+    "a cut-off file": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-7]),
+        "is cut off: its tensors need",
+    ),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"There is no {WEIGHTS} in .*; it holds {CONFIG}"),
+    "a pickle": (
+        lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+        "a pickle, which can run code when it is read",
+    ),
+    "another rank in the config": (lambda f: edit_config(f, r=4), "says r=4, .* holds rank 8"),
+    "fewer targets in the config": (
+        lambda f: edit_config(f, target_modules=["q_proj"]),
+        "not expected base_model.model.model.layers.0.self_attn.v_proj",
+    ),
+    "more targets in the config": (
+        lambda f: edit_config(f, target_modules=["q_proj", "v_proj", "o_proj"]),
+        "missing +base_model.model.model.layers.0.self_attn.o_proj.lora_A",
+    ),
+    "DoRA without magnitudes": (lambda f: edit_config(f, use_dora=True), "missing .*lora_magnitude_vector"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(folder, damage):
+    change, text = DAMAGES[damage]
+    change(folder)
+    base = tiny.llama()
+    names, flags = list(base.state_dict()), [p.requires_grad for p in base.parameters()]
+    with pytest.raises(AdapterFileError, match=text):
+        veneer.PeftModel.from_pretrained(base, folder)
+    assert list(base.state_dict()) == names
+    assert [p.requires_grad for p in base.parameters()] == flags
+    assert all(map(torch.equal, base.state_dict().values(), tiny.llama().state_dict().values()))
+    assert type(base.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"r": "8"}, "r='8': must be an integer"),
+        ({"use_rslora": "false"}, "use_rslora='false'"),
+        ({"peft_type": "IA3"}, "only 'LORA' adapters can be used"),
+        ({"r": 100_000_000}, "r=100000000: must be an integer from 1"),
+        ({"r": 60_000}, "says r=60000, .* holds rank 8"),
+        ({"init_lora_weights": "pissa"}, "not available yet"),
+        ({"lora_bias": True}, "lora_bias=True: not available yet"),
+        ({"lora_alpah": 64}, "unknown field, did you mean 'lora_alpha'"),
+    ],
+)
+def test_a_config_that_is_wrong_is_refused(folder, changes, text):
+    edit_config(folder, **changes)
+    with pytest.raises((ConfigError, AdapterFileError), match=text):
+        veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "target_modules", "peft_type"])
+def test_a_config_that_lacks_what_matters_is_refused(folder, field):
+    data = json.loads((folder / CONFIG).read_text())
+    del data[field]
+    (folder / CONFIG).write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=f"{field}: missing"):
+        veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_an_adapter_of_another_depth_is_refused(folder, layers):
+    with pytest.raises(AdapterFileError, match="does not fit this model"):
+        veneer.PeftModel.from_pretrained(tiny.llama(layers=layers), folder)
+
+
+def test_another_architecture_is_refused(folder):
+    with pytest.raises(TargetError, match="q_proj"):
+        veneer.PeftModel.from_pretrained(tiny.gpt2(), folder)
+
+
+def test_edited_settings_are_noticed_in_files_of_ours(tmp_path):
+    model = tiny.shake(veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS, lora_alpha=16)))
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, lora_alpha=32)
+    with pytest.raises(AdapterFileError, match=r"lora_alpha: trained with 16, the config says 32"):
+        veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    edit_config(tmp_path, lora_alpha=16, base_model_name_or_path="moved/elsewhere")
+    veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+
+
+def test_a_failed_load_leaves_the_other_adapters_alone(folder):
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    before = model(tiny.ids()).logits
+    edit_weights(folder, drop(KEY))
+    with pytest.raises(AdapterFileError):
+        model.load_adapter(folder, "b")
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+    assert torch.equal(model(tiny.ids()).logits, before)
+
+
+def test_loading_under_a_taken_name_is_refused(folder):
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    with pytest.raises(AdapterNameError, match="already"):
+        model.load_adapter(folder, "default")
+
+
+def test_loading_waits_until_it_is_chosen(folder):
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    model.load_adapter(folder, "b", is_trainable=True)
+    assert model.active_adapters == ["default"]
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_adapter("b")
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"b"}
+
+
+def test_round_trip_is_the_identity(tmp_path):
+    fields = {**FIELDS, "use_dora": True, "bias": "all", "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 3}}
+    model = tiny.shake(veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**fields)))
+    model.save_pretrained(tmp_path / "a")
+    again = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a", is_trainable=True)
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a" / CONFIG).read_bytes() == (tmp_path / "b" / CONFIG).read_bytes()
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read_header(tmp_path / "a" / WEIGHTS).metadata == read_header(tmp_path / "b" / WEIGHTS).metadata
+
+
+def test_a_name_goes_with_the_subfolder(tmp_path):
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS))
+    model.add_adapter("b", veneer.LoraConfig(**FIELDS, r=2))
+    model.save_pretrained(tmp_path)
+    assert veneer.LoraConfig.from_pretrained(tmp_path).r == 8
+    assert veneer.LoraConfig.from_pretrained(tmp_path, subfolder="b").r == 2
+    again = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path, subfolder="b")
+    assert again.active_peft_config.r == 2
+
+
+def test_nothing_to_save_is_an_error(tmp_path):
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS))
+    model.merge_and_unload()
+    with pytest.raises(AdapterFileError, match="has no adapter"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_broken_values_are_not_saved_over_good_ones(folder):
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder, is_trainable=True)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(AdapterFileError, match="NaN or infinity"):
+        model.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_incomplete_values_are_not_saved(tmp_path):
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS))
+    with pytest.raises(AdapterFileError, match="incomplete"):
+        model.save_pretrained(tmp_path / "x", state_dict={})
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_files_of_the_folder_stay(folder):
+    (folder / "README.md").write_text("mine")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "log").write_text("1")
+    (folder / "adapter_model.bin").write_bytes(b"old")
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "runs" / "log").read_text() == "1"
+    assert not (folder / "adapter_model.bin").exists()
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["a"]
+
+
+def test_a_copied_adapter_is_found_wherever_it_lies(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    veneer.PeftModel.from_pretrained(tiny.llama(), str(tmp_path / "elsewhere"))
+    with pytest.raises(AdapterFileError, match="There is no folder"):
+        veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path / "nowhere")
+
+
+def test_an_adapter_saved_in_half_precision_loads_in_float32(folder):
+    edit_weights(folder, lambda t: t.update({k: v.to(torch.bfloat16) for k, v in t.items()}))
+    model = veneer.PeftModel.from_pretrained(tiny.llama(dtype=torch.bfloat16), folder)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.adapters["default"].lora_A.dtype == torch.float32

@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from veneer.errors import RunError
+from veneer.train.settings import SECTIONS, RunConfig, load, parse
+from veneer.train.template import TEMPLATE
+
+SMALL = "model: m\ndata: {train: rows.jsonl}\noutput: out\n"
+
+
+def problems(text: str, *overrides: str) -> str:
+    with pytest.raises(RunError) as caught:
+        parse(text, overrides)
+    return str(caught.value)
+
+
+def test_the_template_says_the_defaults() -> None:
+    said = parse(TEMPLATE)
+    bare = RunConfig.model_validate({"model": said.model, "data": {"train": said.data.train}, "output": said.output})
+    assert said == bare
+
+
+def test_the_template_names_every_setting() -> None:
+    written = yaml.safe_load(TEMPLATE)
+    assert list(written) == [*RunConfig.model_fields]
+    for name, section in SECTIONS.items():
+        assert list(written[name]) == [*section.model_fields]
+
+
+def test_every_line_of_the_template_with_a_choice_is_right() -> None:
+    for choice in ("linear", "cosine", "constant"):
+        assert parse(TEMPLATE, [f"training.schedule={choice}"]).training.schedule == choice
+    for choice in ("error", "drop", "cut"):
+        assert parse(TEMPLATE, [f"data.too_long={choice}"]).data.too_long == choice
+
+
+def test_lora_fields_are_those_of_lora_config() -> None:
+    config = parse(SMALL, ["lora.target_modules=[q_proj, v_proj]", "lora.r=4"]).lora.config()
+    assert config.r == 4
+    assert config.target_modules == ["q_proj", "v_proj"]
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_overrides_win_and_numbers_written_as_text_are_read() -> None:
+    settings = parse(SMALL, ["lora.r=32", "training.learning_rate=1e-4", "training.packing=true", "output=other"])
+    assert settings.lora.r == 32
+    assert settings.training.learning_rate == 1e-4
+    assert settings.training.packing is True
+    assert settings.output == "other"
+
+
+def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
+    assert parse(SMALL + "training: {learning_rate: 1e-4}").training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SMALL + "training: {learning_rat: 1}", "training.learning_rat: unknown key, did you mean 'learning_rate'?"),
+        (SMALL + "ouput: x", "ouput: unknown key, did you mean 'output'?"),
+        (SMALL + "learning_rate: 1", "learning_rate: unknown key, did you mean 'training.learning_rate'?"),
+        (SMALL + "data2: 1\nzzz: 2", "zzz: unknown key (allowed: model, revision, dtype, data, lora,"),
+        ("data: {train: a}\noutput: o", "model: is required"),
+        (SMALL + "training: {epochs: -1}", "training.epochs: should be greater than 0, got -1"),
+        (SMALL + "training: {epochs: .nan}", "training.epochs: should be"),
+        (SMALL + "training: {batch_size: many}", "training.batch_size: should be a valid integer, got 'many'"),
+        (SMALL + "training: {schedule: liner}", "training.schedule: should be 'linear', 'cosine' or 'constant'"),
+        (SMALL + "training: 3", "training: must be a section with keys of its own (epochs,"),
+        (SMALL + "training: {epochs: 2, max_steps: 5}", "training: epochs and max_steps both say how long"),
+        (SMALL + "training: {epochs: null}", "training: neither epochs nor max_steps"),
+        (SMALL + "training: {eval_every: 5}", "training.eval_every needs rows to evaluate on"),
+        (SMALL + "overwrite: true\ntraining: {resume: true}", "overwrite starts anew and training.resume goes on"),
+        (SMALL + "lora: {r: 0}", "lora.r"),
+        (SMALL + "lora: {lora_dropout: 1.5}", "lora.lora_dropout"),
+        (SMALL + "lora: {rank: 8}", "lora.rank: unknown key"),
+        (SMALL + "model: other", "not valid YAML (line 4, column 1): the key 'model' is written twice"),
+        ("model: [", "not valid YAML (line"),
+        ("just text", "must hold keys such as"),
+        ("", "must hold keys such as"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_allowed(text: str, said: str) -> None:
+    assert said in problems(text)
+
+
+def test_all_problems_come_at_once() -> None:
+    text = problems("data: {trian: x}\noutput: o\nlora: {r: 0}\ntraining: {epochs: 0}", "nonsense")
+    assert "6 problems" in text
+    for said in ("'nonsense' is not of the form", "model: is required", "did you mean 'train'?", "training.epochs"):
+        assert said in text
+
+
+def test_an_override_inside_a_value_is_refused() -> None:
+    assert "model.name: 'model' is not a section" in problems(SMALL, "model.name=x")
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="veneer init"):
+        load(tmp_path / "run.yaml")
+
+
+def test_a_file_is_read_with_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(TEMPLATE, encoding="utf-8")
+    assert load(path, ["training.epochs=null", "training.max_steps=3"]).training.max_steps == 3
