@@ -278,7 +278,7 @@ def _tidied(name: str, value: Any) -> Any:
     """The value in the one form that equal configs share and files hold: no sets, no tuples, no 16.0 for 16."""
     if name in _NAME_LISTS and isinstance(value, set | frozenset):
         value = sorted(value, key=str)
-    if name in _NAME_LISTS and isinstance(value, tuple):
+    if name in _NAME_LISTS and isinstance(value, tuple | range):
         value = list(value)
     match name, value:
         case "modules_to_save", str():

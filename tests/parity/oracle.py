@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 
@@ -18,7 +19,8 @@ def quietly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def made_by_peft(base: nn.Module, **fields: Any) -> Any:
-    """A PEFT model over a copy of `base`."""
+    """A PEFT model over a copy of `base`; its random start is always the same."""
+    torch.manual_seed(0)
     return quietly(peft.get_peft_model, copy.deepcopy(base), peft.LoraConfig(**fields))
 
 

@@ -66,7 +66,9 @@ def loss_of(made: VeneerSFTTrainer) -> torch.Tensor:
 @pytest.mark.parametrize("through_head", [True, False])
 def test_the_loss_is_transformers_own(tmp_path: Path, through_head: bool) -> None:
     bare = adapted()
-    torch.testing.assert_close(loss_of(trainer(tmp_path, copy.deepcopy(bare), through_head=through_head)), reference(bare))
+    torch.testing.assert_close(
+        loss_of(trainer(tmp_path, copy.deepcopy(bare), through_head=through_head)), reference(bare)
+    )
 
 
 def test_packed_rows_do_not_see_each_other(tmp_path: Path) -> None:

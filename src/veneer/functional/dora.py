@@ -17,5 +17,5 @@ def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
 
 
 def gain(m_O: Tensor, norms_O: Tensor) -> Tensor:
-    """What each output row is multiplied by: m / ‖W + sBA‖, of shape (O,)."""
-    return m_O / norms_O
+    """What each output row is multiplied by: m / ‖W + sBA‖, of shape (O,). A row of zeros stays one, without 0 / 0."""
+    return m_O / norms_O.masked_fill(norms_O == 0, 1.0)

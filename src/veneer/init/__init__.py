@@ -23,7 +23,8 @@ INITS: dict[str, Initialiser] = {
 
 def initialise(name: str, weight: Weight, rank: int, *, generator: Generator | None = None) -> Factors:
     """Factors of the given rank by the method `name`, on the weight's device, in float32."""
-    return INITS[name](weight, rank, generator=generator)
+    made = INITS[name](weight, rank, generator=generator)
+    return Factors(made.A.to(weight.device), made.B.to(weight.device))
 
 
 __all__ = ["INITS", "Factors", "Initialiser", "Weight", "initialise"]

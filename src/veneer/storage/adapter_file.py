@@ -28,8 +28,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def read_config(folder: Path) -> dict[str, Any]:
     """The JSON object in `adapter_config.json`. Raises AdapterFileError naming the file, line and column."""
     file = Path(folder) / CONFIG_FILE
-    if file.is_symlink() and not file.exists():
-        raise AdapterFileError(f"{file} is a link to a file that does not exist.")
+    _refuse_dangling(file)
     try:
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise AdapterFileError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes; no adapter's config is.")
@@ -57,13 +56,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_weights_header(folder: Path) -> Header:
     """Names, shapes and dtypes in `adapter_model.safetensors`. Raises AdapterFileError."""
     file = Path(folder) / WEIGHTS_FILE
-    if file.is_symlink() and not file.exists():
-        raise AdapterFileError(f"{file} is a link to a file that does not exist.")
+    _refuse_dangling(file)
     if not file.exists():
         if (Path(folder) / PICKLE_FILE).exists():
             raise AdapterFileError(
-                f"{folder} holds its weights as {PICKLE_FILE}, a pickle, which can run code when it is read. If you "
-                f"trust it, convert it: safetensors.torch.save_file(torch.load(old, weights_only=True), {WEIGHTS_FILE!r})"
+                f"{folder} holds its weights as {PICKLE_FILE}, a pickle, which can run code when it is read. "
+                "If you trust it, convert it: "
+                f"safetensors.torch.save_file(torch.load(old, weights_only=True), {WEIGHTS_FILE!r})"
             )
         raise AdapterFileError(f"There is no {WEIGHTS_FILE} in {folder}{_what_is_there(Path(folder))}")
     return read_header(file)
@@ -190,6 +189,11 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number an adapter can have.")
+
+
+def _refuse_dangling(file: Path) -> None:
+    if file.is_symlink() and not file.exists():
+        raise AdapterFileError(f"{file} is a link to a file that does not exist.")
 
 
 def _what_is_there(folder: Path) -> str:

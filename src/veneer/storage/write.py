@@ -5,6 +5,7 @@ A folder is staged beside the old one, flushed to disk, checked, and swapped in 
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -13,13 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STAGE = ".veneer-stage-"
+_ASIDE = "-old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Put `content` at `path` in one step: the file is old or new, whatever happens. Follows no symbolic link."""
-    stage = path.with_name(f"{_STAGE}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    _sweep(path, path.parent)
+    stage = path.parent / _stage_name(path)
     try:
         with stage.open("xb") as stream:
             stream.write(content)
@@ -35,31 +38,39 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make or replace files of `folder` in one step. `fill(stage)` writes the new files into an empty stage.
 
     Files of the folder that `fill` does not write stay. If `fill` raises, nothing has changed. A folder that cannot
-    be renamed (the current one, or a mount point) gets its new files one by one, each in one step.
+    be renamed (the current one, a mount point, or one whose parent is read-only) gets its new files one by one, each in
+    one step.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    with _stage_beside(folder) as stage:
+    whole = not folder.exists() or _can_be_swapped(folder)
+    place = folder.parent if whole else folder
+    _sweep(folder, place)
+    with _staged(folder, place) as stage:
         fill(stage)
         _give_usual_modes(stage)
         for file in stage.rglob("*"):
             _sync(file)
-        if folder.exists() and not _can_be_swapped(folder):
+        if not whole:
             for file in sorted(stage.iterdir()):
                 file.replace(folder / file.name)
             _sync_folder(folder)
             return
         if folder.exists():
             _link_the_rest(folder, stage)
+            shutil.copymode(folder, stage)
         _sync_folder(stage)
         _swap(stage, folder)
         _sync_folder(folder.parent)
 
 
+def _stage_name(target: Path) -> str:
+    return f"{_STAGE}{target.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 @contextmanager
-def _stage_beside(folder: Path) -> Iterator[Path]:
-    stage = folder.with_name(f"{_STAGE}{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+def _staged(folder: Path, place: Path) -> Iterator[Path]:
+    stage = place / _stage_name(folder)
     stage.mkdir()
     try:
         yield stage
@@ -67,12 +78,19 @@ def _stage_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what an earlier process that died left beside the folder."""
-    for stage in folder.parent.glob(f"{_STAGE}{folder.name}-*-*"):
-        pid = stage.name.rsplit("-", 2)[1]
-        if pid.isdigit() and not _is_alive(int(pid)):
+def _sweep(target: Path, place: Path) -> None:
+    """Remove the stages that a process which died left; if it had put the old folder aside, put that back."""
+    ours = re.compile(rf"{re.escape(_STAGE + target.name)}-(?P<pid>\d+)-[0-9a-f]{{8}}(?P<old>{_ASIDE})?")
+    for stage in place.iterdir():
+        found = ours.fullmatch(stage.name)
+        if found is None or _is_alive(int(found["pid"])):
+            continue
+        if found["old"] and not target.exists():
+            stage.rename(target)
+        elif stage.is_dir():
             shutil.rmtree(stage, ignore_errors=True)
+        else:
+            stage.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
@@ -86,8 +104,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def _can_be_swapped(folder: Path) -> bool:
-    here = Path.cwd()
-    return not folder.is_mount() and folder != here and folder not in here.parents
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # this process's folder was deleted
+        here = Path("/")
+    inside = folder == here or folder in here.parents
+    return not inside and not folder.is_mount() and os.access(folder.parent, os.W_OK)
 
 
 def _link_the_rest(folder: Path, stage: Path) -> None:
@@ -116,12 +138,13 @@ def _swap(stage: Path, folder: Path) -> None:
         return
     if _exchange(stage, folder):
         return
-    aside = stage.with_name(stage.name + "-old")
-    folder.rename(aside)
+    aside = stage.with_name(stage.name + _ASIDE)
     try:
+        folder.rename(aside)
         stage.rename(folder)
-    except OSError:
-        aside.rename(folder)
+    except BaseException:
+        if not folder.exists():
+            aside.rename(folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -136,9 +136,11 @@ def _excluded(structure: Structure, config: LoraConfig, chosen: list[str], probl
     exclude = config.exclude_modules
     if not exclude:
         return chosen
+    # a file may exclude what "all-linear" would have meant, and its resolved names do not
+    candidates = list(dict.fromkeys([*chosen, *structure.layers]))
     for name in _as_list(exclude):
-        if chosen and not any(map(_selector(exclude if isinstance(exclude, str) else [name]), chosen)):
-            problems.append(explain_unmatched("exclude_modules", name, chosen, is_pattern=isinstance(exclude, str)))
+        if not any(map(_selector(exclude if isinstance(exclude, str) else [name]), candidates)):
+            problems.append(explain_unmatched("exclude_modules", name, candidates, is_pattern=isinstance(exclude, str)))
     drops = _selector(exclude)
     return [path for path in chosen if not drops(path)]
 
@@ -265,7 +267,14 @@ def _names_on_disk(
     taken = {suffix for path in others for suffix in _suffixes(path)}
     names: set[str] = set()
     for path in paths:
-        names.add(next((suffix for suffix in _suffixes(path) if suffix not in taken), path))
+        name = next((suffix for suffix in _suffixes(path) if suffix not in taken), None)
+        if name is None:
+            other = next(other for other in others if named([path], other))
+            raise TargetError(
+                f"target_modules={target!r}: no name in an adapter file can mean {path} without {other}, which is not "
+                "adapted. Give target_modules as a regular expression for the whole path."
+            )
+        names.add(name)
     return sorted(names)
 
 

