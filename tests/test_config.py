@@ -155,6 +155,7 @@ def test_all_linear_goes_with_layers():
         ({"target_module": ["q"]}, "did you mean 'target_modules'?"),
         ({"zzz": 1}, "zzz: no such field"),
         ({"target_parameters": ["w"]}, "target_parameters=['w']: not available yet; leave it out"),
+        ({"use_qalora": True}, "use_qalora=True: not available yet"),
         ({"loftq_config": {"bits": 4}}, "not available yet"),
         ({"peft_type": "IA3"}, "only 'LORA' adapters can be used"),
     ],

@@ -67,7 +67,7 @@ def test_a_config_file(tmp_path, content, expected):
         (b'{"lora_alpha": -Infinity}', "-Infinity is not a number"),
         ('{"r": 8}'.encode("utf-16"), "is not UTF-8 text"),
         (b'{"r": "\xff"}', "is not UTF-8 text"),
-        (b'{"a": ' * 200_000, "nested too deeply"),
+        (b'{"a": ' * 100_000, "nested too deeply"),
         (b'{"r": ' + b"9" * 5000 + b"}", "digits"),
         (b" " * (1 << 20) + b"{}", "larger than 1,048,576 bytes"),
     ],
@@ -76,7 +76,7 @@ def test_a_damaged_config_file_is_named_with_what_is_wrong(tmp_path, content, ex
     (tmp_path / CONFIG_FILE).write_bytes(content)
     with pytest.raises(AdapterFileError, match=expected) as caught:
         read_config(tmp_path)
-    assert str(tmp_path / CONFIG_FILE) in str(caught.value)
+    assert str(caught.value).count(str(tmp_path / CONFIG_FILE)) == 1
 
 
 def test_a_missing_config_file_is_told_with_what_is_there(tmp_path):
@@ -234,9 +234,10 @@ def test_what_is_written_is_read_back(tmp_path):
         assert torch.equal(tensor, TENSORS[name])
 
 
-def test_the_same_adapter_is_the_same_bytes(tmp_path):
+def test_the_order_of_tensors_does_not_matter(tmp_path):
     one, two = written(tmp_path / "a"), written(tmp_path / "b", dict(reversed(TENSORS.items())))
-    assert checksum(load_file(one / WEIGHTS_FILE)) == checksum(load_file(two / WEIGHTS_FILE))
+    recorded = [read_weights_header(folder).metadata["sha256"] for folder in (one, two)]
+    assert recorded == [checksum(load_file(one / WEIGHTS_FILE))] * 2
 
 
 @pytest.mark.parametrize(

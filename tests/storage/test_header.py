@@ -119,6 +119,8 @@ DAMAGED = {
     "metadata that is no text": packed({"__metadata__": {"sha256": 5}}),
     "a gap": packed({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)),
     "an overlap": packed({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
+    "an overlap and as many bytes": packed({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(16)),
+    "forty dimensions": packed({"a": entry(shape=[1] * 40 + [2])}, bytes(8)),
     "not from the start": packed({"a": entry(offsets=(4, 12))}, bytes(12)),
     "beyond the end": packed({"a": entry(shape=(4,), offsets=(0, 16))}, bytes(8)),
     "shape and size differ": packed({"a": entry(shape=(3,))}, bytes(8)),

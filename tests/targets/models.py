@@ -53,6 +53,19 @@ class Nested(nn.Module):
         self.act = nn.ModuleDict({"fc": nn.Identity()})
 
 
+class Twice(nn.Module):
+    """Lists of one name within each other, and a name that is a layer at the top and within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.body = nn.Module()
+        self.body.layers = nn.ModuleList(
+            nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 4)}) for _ in range(2))})
+            for _ in range(3)
+        )
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +84,7 @@ MAKERS = {
     "roberta classifier": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL_BERT)),
     "t5": lambda: T5ForConditionalGeneration(T5),
     "nested": Nested,
+    "twice": Twice,
     "attention": Attention,
 }
 

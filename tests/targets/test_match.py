@@ -271,11 +271,11 @@ def test_biases_of_saved_modules_are_not_counted_twice():
         ({"target_modules": ["lm_head"], "layers_to_transform": [0]}, "no targeted layer has a number"),
         (
             {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]},
-            "'lm_head' means no layer that layers_to_transform names, only lm_head",
+            "'lm_head' means lm_head, which layers_to_transform leaves out",
         ),
         (
             {"target_modules": ["model.layers.1.mlp.up_proj", "q_proj"], "layers_to_transform": [0]},
-            "'model.layers.1.mlp.up_proj' means no layer that layers_to_transform names",
+            "'model.layers.1.mlp.up_proj' means model.layers.1.mlp.up_proj, which layers_to_transform leaves out",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "block"},
@@ -336,15 +336,22 @@ def test_every_problem_is_named_at_once():
         assert name in message
 
 
+def test_a_name_that_peft_would_take_for_a_path_is_refused():
+    # PEFT adapts fc at the top too: layers_to_transform does not count for a name that is a full path
+    assert "'fc' means fc and 6 more, which" in refusal("twice", target_modules=["fc"], layers_to_transform=[1])
+    assert len(sites("twice", target_modules=["0.fc", "1.fc"], layers_to_transform=[1])) == 2
+
+
 def test_equal_refusals_are_one_line():
     assert len(refusal("llama", target_modules=["self_attn"]).splitlines()) == 2
     assert "model.layers.0.self_attn and 3 more cannot" in refusal("llama", target_modules=["self_attn"])
 
 
 def test_only_layers_that_are_chosen_must_be_adaptable():
-    # "fc" means act.fc too, an Identity: not in the layers asked for, so it does not matter
-    found = sites("nested", target_modules=["fc"], layers_to_transform=[1], layers_pattern="blocks")
-    assert found == ["body.blocks.1.fc"]
+    blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"fc": fc}) for fc in (torch.nn.Identity(), torch.nn.Linear(9, 9)))
+    model = torch.nn.ModuleDict({"body": torch.nn.ModuleDict({"blocks": blocks})})
+    config = LoraConfig(target_modules=["fc"], layers_to_transform=[1])
+    assert [site.path for site in resolve(model, config).sites] == ["body.blocks.1.fc"]
 
 
 def test_attention_that_reads_its_weights_is_refused():
@@ -427,6 +434,11 @@ CONFIGS = {
     ),
     "layers of bert": ("bert filler", {"target_modules": ["query", "dense"], "layers_to_transform": [1]}),
     "two lists": ("nested", {"target_modules": ["0", "body.blocks.0.fc"], "layers_to_transform": [0]}),
+    "lists in lists": ("twice", {"target_modules": ["1.fc"], "layers_to_transform": [1]}),
+    "named lists in lists": (
+        "twice",
+        {"target_modules": ["0.fc"], "layers_to_transform": [2], "layers_pattern": "layers"},
+    ),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "patterns": (
         "llama",
@@ -464,6 +476,7 @@ ON_DISK = {
     # PEFT cannot apply this itself, but reads the names
     "all linear, bert tagger": ("bert tagger", {"target_modules": "all-linear", "task_type": "TOKEN_CLS"}),
     "all linear, some layers": ("llama", {"target_modules": "all-linear", "layers_to_transform": [1, 2]}),
+    "all linear, a layer at the top": ("twice", {"target_modules": "all-linear", "layers_to_transform": [1]}),
     "all linear, one block": (
         "nested",
         {"target_modules": "all-linear", "layers_to_transform": [2], "layers_pattern": "blocks", "r": 2},

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from veneer.errors import MergeError, RunError
 from veneer.train import demo
+from veneer.train.demo_picture import draw_before_after
 from veneer.train.demo_view import show_before, show_report
 from veneer.train.progress import Progress
 
@@ -34,6 +35,8 @@ def test_it_trains_scores_merges_and_says_where_everything_lies(tmp_path: Path) 
     show_report(console, report)
     for part in ("field F1", "4 held-out addresses", str(report.merged_dir), "veneer chat", "2 of 2"):
         assert part in text.getvalue()
+    draw_before_after(report, tmp_path / "out" / "before-after.png")
+    assert (tmp_path / "out" / "before-after.png").read_bytes().startswith(b"\x89PNG")
     for name in ("adapter", "merged", "loss.png", "log.jsonl", "run.yaml", "addresses.jsonl"):
         assert (tmp_path / "out" / name).exists()
     demo.run(tmp_path / "out", SIZE)  # its own folder may be used again

@@ -23,7 +23,8 @@ def demo(
     from veneer.train.packages import require
 
     require("demo")
-    from veneer.train.demo import FULL, QUICK, run
+    from veneer.train.demo import FULL, PICTURE_FILE, QUICK, run
+    from veneer.train.demo_picture import draw_before_after
     from veneer.train.demo_view import show_before, show_report
     from veneer.train.progress import for_console
 
@@ -34,4 +35,5 @@ def demo(
         progress=for_console(console),
         on_before=lambda exam: show_before(console, exam),
     )
+    draw_before_after(report, output / PICTURE_FILE)
     show_report(console, report)

@@ -34,6 +34,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise AdapterFileError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes; no adapter's config is.")
         text = file.read_bytes().decode("utf-8-sig")
         data = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+    except AdapterFileError:
+        raise
     except FileNotFoundError:
         raise AdapterFileError(f"There is no {CONFIG_FILE} in {folder}{_what_is_there(Path(folder))}") from None
     except OSError as error:

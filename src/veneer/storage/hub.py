@@ -31,13 +31,13 @@ def adapter_folder(location: str | Path, *, subfolder: str | None = None, weight
 
 def _download(repository: str, subfolder: str | None, weights: bool, hub: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
         config = hf_hub_download(repository, CONFIG_FILE, subfolder=subfolder, **hub)
         if weights:
             hf_hub_download(repository, WEIGHTS_FILE, subfolder=subfolder, **hub)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AdapterFileError(
             f"There is no folder {repository}, and it could not be downloaded from the hub: {reason}"

@@ -183,14 +183,14 @@ def _in_layers(config: LoraConfig, chosen: list[str], problems: list[str]) -> li
 
 
 def _lost_in_layers(config: LoraConfig, chosen: list[str], kept: list[str]) -> list[str]:
-    """Target names that layers_to_transform leaves without any layer."""
+    """Target names that layers_to_transform leaves without any layer, or whose very path it drops and PEFT does not."""
     if not isinstance(config.target_modules, list):
         return []
     means = {name: [path for path in chosen if named([name], path)] for name in config.target_modules}
     return [
-        f"target_modules: {name!r} means no layer that layers_to_transform names, only {some(paths)}"
+        f"target_modules: {name!r} means {some(paths)}, which layers_to_transform leaves out; give longer names"
         for name, paths in means.items()
-        if paths and not set(paths) & set(kept)
+        if paths and (not set(paths) & set(kept) or name in set(paths) - set(kept))
     ]
 
 

@@ -14,7 +14,7 @@
     generate.py   batched greedy answers
     scoring.py    how well JSON answers agree with the expected ones
     small_model.py  a small pretrained model out of a package, converted once
-    demo.py       before, training, after; demo_view.py shows it
+    demo.py       before, training, after; demo_view.py shows it, demo_picture.py draws it
 
 Nothing is imported here: each module loads torch and transformers only when it runs.
 """

@@ -34,7 +34,7 @@ INSTRUCTION = (
     "Answer with one JSON object and nothing else. "
     "Use these keys, each only if the address has it: name, number, street, unit, po_box, city, state, zip."
 )
-DATA_FILE, SETTINGS_FILE, REPORT_FILE = "addresses.jsonl", "run.yaml", "demo.json"
+DATA_FILE, SETTINGS_FILE, REPORT_FILE, PICTURE_FILE = "addresses.jsonl", "run.yaml", "demo.json", "before-after.png"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import json
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from veneer.train.demo import INSTRUCTION, REPORT_FILE, SETTINGS_FILE, Exam, Report
+from veneer.train.demo import INSTRUCTION, PICTURE_FILE, REPORT_FILE, SETTINGS_FILE, Exam, Report
 from veneer.train.progress import duration
 from veneer.train.scoring import Scores
 
@@ -53,6 +53,7 @@ def show_places(console: "Console", report: Report) -> None:
     rows = [
         (report.result.adapter_dir, "the adapter, in PEFT's format"),
         (report.merged_dir, "the model with the adapter merged in"),
+        (out / PICTURE_FILE, "answers and scores, before and after"),
         *([(report.result.plot, "the training loss")] if report.result.plot else []),
         (report.result.log_file, "every step in numbers"),
         (out / SETTINGS_FILE, "this run's settings"),

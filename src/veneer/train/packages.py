@@ -7,7 +7,7 @@ from veneer.errors import MissingPackageError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("transformers", "trl", "accelerate", "datasets", "pydantic", "yaml", "jinja2"),
     "plot": ("matplotlib",),
-    "demo": ("transformers", "trl", "accelerate", "datasets", "pydantic", "yaml", "jinja2", "gguf"),
+    "demo": ("transformers", "trl", "accelerate", "datasets", "pydantic", "yaml", "jinja2", "gguf", "matplotlib"),
 }
 
 
