@@ -9,7 +9,8 @@ import warnings
 import peft
 import pytest
 
-from veneer.config import MAX_RANK, LoraConfig, TaskType, matches, matches_end, rank_and_alpha
+from veneer.config import LoraConfig, TaskType, matches, matches_end, rank_and_alpha
+from veneer.config.rules import MAX_RANK
 from veneer.errors import AdapterFileError, ConfigError, UnknownFieldError
 
 NAN, INF = math.nan, math.inf

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import veneer
-from veneer.errors import AdapterFileError, AdapterNameError, ConfigError, TargetError
+from veneer.errors import AdapterFileError, AdapterNameError, ConfigError, TargetError, VeneerWarning
 from veneer.storage.header import read_header
 
 FIELDS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -162,6 +162,39 @@ def test_edited_settings_are_noticed_in_files_of_ours(tmp_path):
     veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path)
 
 
+def test_names_that_only_other_models_have_are_passed_over_when_loading(folder):
+    """People list the names of several families; PEFT writes them all, and the tensors say what was trained."""
+    expected = veneer.PeftModel.from_pretrained(tiny.llama(), folder)(tiny.ids()).logits
+    edit_config(folder, target_modules=["q_proj", "v_proj", "query_key_value"], alpha_pattern={"c_attn": 2})
+    with pytest.warns(
+        VeneerWarning, match="2 settings do not fit .* passed over[\\s\\S]*query_key_value[\\s\\S]*c_attn"
+    ):
+        model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    assert torch.equal(model(tiny.ids()).logits, expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_order_of_a_pattern_is_part_of_it(tmp_path, reverse):
+    pattern = {"layers.0.self_attn.q_proj": 2, "q_proj": 4}
+    model = tiny.shake(veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS, alpha_pattern=pattern)))
+    model.save_pretrained(tmp_path)
+    assert list(json.loads((tmp_path / CONFIG).read_text())["alpha_pattern"]) == list(pattern)
+    if reverse:
+        edit_config(tmp_path, alpha_pattern=dict(reversed(pattern.items())))
+        with pytest.raises(AdapterFileError, match="alpha_pattern: trained with"):
+            veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    else:
+        again = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+        assert torch.equal(again(tiny.ids()).logits, model(tiny.ids()).logits)
+
+
+def test_a_config_edited_in_place_is_not_saved(tmp_path):
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS, rank_pattern={"q_proj": 2}))
+    model.peft_config["default"].rank_pattern["q_proj"] = 9
+    with pytest.raises(ConfigError, match="rank_pattern was changed"):
+        model.save_pretrained(tmp_path / "x")
+
+
 def test_a_failed_load_leaves_the_other_adapters_alone(folder):
     model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
     before = model(tiny.ids()).logits
@@ -189,7 +222,7 @@ def test_loading_waits_until_it_is_chosen(folder):
 
 
 def test_round_trip_is_the_identity(tmp_path):
-    fields = {**FIELDS, "use_dora": True, "bias": "all", "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 3}}
+    fields = {**FIELDS, "use_dora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 3}}
     model = tiny.shake(veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**fields)))
     model.save_pretrained(tmp_path / "a")
     again = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path / "a", is_trainable=True)

@@ -119,7 +119,7 @@ def test_the_merged_model_is_plain():
 
 
 def test_unloading_gives_the_base_back():
-    model = adapted(bias="all", modules_to_save=["lm_head"])
+    model = adapted(modules_to_save=["lm_head"])
     model.merge_adapter()
     plain = model.unload()
     assert_same(state(plain), state(tiny.llama()))

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from parity import oracle
-from tiny import shake
 from torch.testing import assert_close
 
 import veneer
+from parity import oracle
+from tiny import shake
 from veneer.model.tensors import adapter_tensors
 from veneer.train.small_model import fetch_member, small_model
 

@@ -293,7 +293,7 @@ def test_biases_of_saved_modules_are_not_counted_twice():
 )
 def test_what_matches_nothing_is_told_with_what_there_is(fields, expected):
     message = refusal("llama", **fields)
-    assert message.startswith("1 setting(s) do not fit LlamaForCausalLM:\n")
+    assert message.startswith("1 setting does not fit LlamaForCausalLM:\n")
     assert expected in message
 
 
@@ -331,7 +331,7 @@ def test_every_problem_is_named_at_once():
     message = refusal(
         "llama", target_modules=["q_porj", "v_proj"], modules_to_save=["lm_heda"], rank_pattern={"k_proj": 2}
     )
-    assert message.startswith("3 setting(s)")
+    assert message.startswith("3 settings do not fit")
     for name in ("q_porj", "lm_heda", "k_proj"):
         assert name in message
 

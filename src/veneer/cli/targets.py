@@ -30,10 +30,17 @@ def targets(
     from veneer.train.load import skeleton
     from veneer.train.quiet import quiet
 
-    config = LoraConfig(r=rank, target_modules=list(target) if target else "all-linear")
+    config = LoraConfig(r=rank, target_modules=_names(target))
     with quiet():
         bare = skeleton(model, revision=revision)
     _show(Console(), type(bare).__name__, preview(bare, config), rank)
+
+
+def _names(target: list[str] | None) -> list[str] | str:
+    """What --target means: names, or the one word for every linear layer."""
+    if not target or target == ["all-linear"]:
+        return "all-linear"
+    return list(target)
 
 
 def _show(console, name: str, found: "Preview", rank: int) -> None:

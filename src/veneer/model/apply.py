@@ -37,19 +37,31 @@ def add_adapter(
     name: str,
     config: LoraConfig,
     *,
+    float32: bool = True,
+    generator: Generator | None = None,
+) -> None:
+    """Attach a new adapter to a model. The first one freezes the base and becomes active; others wait.
+
+    float32  keep the adapter in float32 over a half-precision base, as training needs
+
+    Raises what `plan` raises, and then nothing has changed.
+    """
+    carry_out(model, plan(model, name, config), float32=float32, generator=generator)
+
+
+def carry_out(
+    model: nn.Module,
+    todo: Plan,
+    *,
     tensors: Mapping[str, Tensor] | None = None,
     float32: bool = True,
     generator: Generator | None = None,
-) -> Plan:
-    """Attach a new adapter to a model. The first one freezes the base and becomes active; others wait.
+) -> None:
+    """Attach what was planned. If it fails half way, for want of memory say, it is taken off again.
 
     tensors  the adapter's values by their names in an adapter file, already checked; None to initialise
-    float32  keep the adapter in float32 over a half-precision base, as training needs
-
-    Returns what was done. Raises what `plan` raises, and then nothing has changed.
     """
-    todo = plan(model, name, config)
-    overlay = overlay_made_for(model)
+    name, overlay = todo.name, overlay_made_for(model)
     adapters = [
         _adapter(model, site, todo.config, tensors=tensors, float32=float32, generator=generator)
         for site in todo.resolution.sites
@@ -76,7 +88,6 @@ def add_adapter(
     protect_checkpointing(model)
     keep_checkpoint_clean(model, overlay)
     activate(model, (name,) if first else overlay.route.active)
-    return todo
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

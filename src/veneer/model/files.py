@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from veneer._version import __version__
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, bullet_list
-from veneer.model.apply import add_adapter
+from veneer.model.apply import carry_out
 from veneer.model.overlay import overlay_of
 from veneer.model.plan import plan
 from veneer.model.tensors import adapter_tensors, expected_shapes, repeated_keys
@@ -38,7 +38,7 @@ def save_adapter(model: nn.Module, name: str, folder: Path, *, state: Mapping[st
 
     state  values to save instead of the model's, by their names in an adapter file (as gathered from shards)
 
-    Raises AdapterNameError, or AdapterFileError if the values are broken or incomplete.
+    Raises AdapterNameError, ConfigError if the config was edited, AdapterFileError if values are broken or missing.
     """
     overlay = overlay_of(model)
     if overlay is None:
@@ -56,6 +56,7 @@ def save_adapter(model: nn.Module, name: str, folder: Path, *, state: Mapping[st
             bullet_list(f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):", wrong[:6])
         )
     config = overlay.configs[name]
+    config.check_unedited()
     on_disk = config.changed(inference_mode=True)
     notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config), sort_keys=True)}
     write_adapter(folder, on_disk.to_json(), {key: tensors[key] for key in expected}, metadata=notes)
@@ -74,6 +75,8 @@ def load_adapter(
 
     config  used instead of the folder's own
 
+    A name in the config that the model does not have is warned of, no more: the tensors say what must be there.
+
     Raises ConfigError, TargetError, AdapterNameError or AdapterFileError, and then nothing has changed.
     """
     if config is None:
@@ -82,9 +85,10 @@ def load_adapter(
     header = read_weights_header(folder)
     _check_config_belongs(folder, config, header)
     _check_rank(folder, config, header)
-    resolution = plan(model, name, config).resolution
-    tensors = _checked_tensors(model, folder, resolution, header)
-    return add_adapter(model, name, config, tensors=tensors, float32=float32).config
+    todo = plan(model, name, config, strict=False)
+    tensors = _checked_tensors(model, folder, todo.resolution, header)
+    carry_out(model, todo, tensors=tensors, float32=float32)
+    return todo.config
 
 
 def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]:
@@ -110,7 +114,9 @@ def _checked_tensors(model: nn.Module, folder: Path, resolution: Resolution, hea
 
 
 def _trained_with(config: LoraConfig) -> dict[str, object]:
-    return {field: getattr(config, field) for field in _TRAINED_WITH}
+    """The settings as JSON values; a pattern as pairs, since the first key that matches counts."""
+    values = {field: getattr(config, field) for field in _TRAINED_WITH}
+    return {field: [list(pair) for pair in v.items()] if isinstance(v, dict) else v for field, v in values.items()}
 
 
 def _check_config_belongs(folder: Path, config: LoraConfig, header: Header) -> None:

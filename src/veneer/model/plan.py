@@ -25,8 +25,10 @@ class Plan:
     resolution: Resolution
 
 
-def plan(model: nn.Module, name: str, config: LoraConfig) -> Plan:
+def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True) -> Plan:
     """Resolve and check everything. Touches nothing.
+
+    strict  whether a setting that matches nothing is an error, or only a warning
 
     Raises AdapterNameError, ConfigError, TargetError or AttachError.
     """
@@ -35,7 +37,7 @@ def plan(model: nn.Module, name: str, config: LoraConfig) -> Plan:
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"A LoraConfig is needed, not {type(config).__module__}.{type(config).__qualname__}.")
     config.check()
-    resolution = resolve(model, config)
+    resolution = resolve(model, config, strict=strict)
     problems = [*_clashes(model, resolution), *_clashes_of_bias(overlay, name, resolution)]
     if problems:
         raise AttachError(bullet_list(f"Adapter {name!r} cannot be attached:", problems))

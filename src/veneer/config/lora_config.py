@@ -1,49 +1,24 @@
-"""LoraConfig: what to adapt and how. Flat data; every rule is checked here, in one place.
+"""LoraConfig: what to adapt and how. Flat data, checked whenever it is made.
 
 Field names, defaults and JSON are PEFT's, so that an `adapter_config.json` written by either is read by both.
 """
 
 import json
-import re
-import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import regex
-
+from veneer.config.patterns import matches_end
+from veneer.config.rules import ALL_LINEAR, RULES, TaskType, clashes, why_no_pattern
 from veneer.errors import ConfigError, UnknownFieldError, bullet_list
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
 from veneer.storage.write import write_file
 from veneer.suggest import did_you_mean
 
-ALL_LINEAR = "all-linear"
-PATTERN_SECONDS = 1.0  # how long one regular expression may take on one name
-MAX_PATTERN = 1000  # characters
-MAX_RANK = 1 << 16  # above what any weight can have; a slip such as r=10**8 would ask for terabytes
-
 _Class = TypeVar("_Class")
-
-
-class TaskType(StrEnum):
-    """What the model is for; it decides which head is trained and saved with the adapter."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-INITS = (True, False, "gaussian")
-INITS_TO_COME = ("orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
-BIASES = ("none", "all", "lora_only")
 
 # Fields of PEFT 0.21 that Veneer does not have yet, with the value that means "not used".
 NOT_YET: Mapping[str, Any] = {
@@ -72,6 +47,14 @@ NOTES = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size")
 REQUIRED_IN_FILES = ("peft_type", "r", "lora_alpha", "target_modules")
 # Fields that may change on a config in use, because no number depends on them.
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
+
+# Words people carry over from other libraries and papers.
+_ALIASES: Mapping[str, str] = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+}
 
 
 def _refusing_unknown_fields(cls: type[_Class]) -> type[_Class]:
@@ -138,7 +121,7 @@ class LoraConfig:
     use_dora: bool = False
 
     peft_type: ClassVar[str] = "LORA"
-    _in_use: ClassVar[bool] = False
+    _agreed: ClassVar[dict[str, Any] | None] = None  # of a config in use: what its adapter was made with
 
     def __init_subclass__(cls) -> None:
         raise TypeError("LoraConfig is data; it is not meant to be subclassed.")
@@ -149,12 +132,12 @@ class LoraConfig:
     def check(self) -> None:
         """Raise ConfigError with every problem, or do nothing."""
         problems = [
-            f"{name}={getattr(self, name)!r}: {allowed}{_why_no_pattern(name, getattr(self, name))}"
-            for name, (right, allowed) in _RULES.items()
+            f"{name}={getattr(self, name)!r}: {allowed}{why_no_pattern(name, getattr(self, name))}"
+            for name, (right, allowed) in RULES.items()
             if not right(getattr(self, name))
         ]
         if not problems:
-            problems = _clashes(self)
+            problems = clashes(self)
         if problems:
             raise ConfigError(bullet_list("LoraConfig cannot be right:", problems))
 
@@ -163,7 +146,7 @@ class LoraConfig:
             raise UnknownFieldError(f"LoraConfig cannot be changed: {problem}")
         if name not in _field_names():
             return
-        if self._in_use and name not in FREE:
+        if self._agreed is not None and name not in FREE:
             raise ConfigError(
                 f"{name} cannot be changed to {value!r}: this config describes an adapter that exists, and its weights "
                 f"go with {name}={getattr(self, name, None)!r}. Make a new LoraConfig for a new adapter."
@@ -177,8 +160,15 @@ class LoraConfig:
     def in_use(self, **changes: Any) -> "LoraConfig":
         """A checked copy with `changes`, closed against changes that its adapter would not follow."""
         copy = self.changed(**changes)
-        object.__setattr__(copy, "_in_use", True)
+        object.__setattr__(copy, "_agreed", copy._as_arguments())
         return copy
+
+    def check_unedited(self) -> None:
+        """Raise ConfigError if a list or pattern of a config in use was changed in place, unseen until now."""
+        for name, agreed in (self._agreed or {}).items():
+            now = getattr(self, name)
+            if name not in FREE and json.dumps(now) != json.dumps(agreed):
+                raise ConfigError(f"{name} was changed to {now!r} in place, but its adapter was made with {agreed!r}.")
 
     def _as_arguments(self) -> dict[str, Any]:
         return {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
@@ -244,15 +234,11 @@ class LoraConfig:
         return cls.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
 
 
-PeftConfig = LoraConfig
-
-# Words people carry over from other libraries and papers.
-_ALIASES: Mapping[str, str] = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "target_modules",
-}
+def rank_and_alpha(config: LoraConfig, path: str) -> tuple[int, float]:
+    """The rank and alpha of the layer at `path`: the first pattern that matches, or the config's own."""
+    rank = next((v for key, v in config.rank_pattern.items() if matches_end(key, path)), config.r)
+    alpha = next((v for key, v in config.alpha_pattern.items() if matches_end(key, path)), config.lora_alpha)
+    return rank, alpha
 
 
 def _field_names() -> list[str]:
@@ -296,157 +282,5 @@ def _tidied(name: str, value: Any) -> Any:
     return value
 
 
-def rank_and_alpha(config: LoraConfig, path: str) -> tuple[int, float]:
-    """The rank and alpha of the layer at `path`: the first pattern that matches, or the config's own."""
-    rank = next((v for key, v in config.rank_pattern.items() if matches_end(key, path)), config.r)
-    alpha = next((v for key, v in config.alpha_pattern.items() if matches_end(key, path)), config.lora_alpha)
-    return rank, alpha
-
-
-def matches_end(pattern: str, path: str) -> bool:
-    """Whether a pattern key (a name or a regular expression) matches the end of a path, at a dot."""
-    return matches(rf"(?:.*\.)?(?:{pattern})", path)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a regular expression matches a whole path. Raises ConfigError if that takes over a second."""
-    return whole_match(pattern, path) is not None
-
-
-def whole_match(pattern: str, path: str) -> regex.Match[str] | None:
-    """The match of a regular expression with a whole path. Raises ConfigError if that takes over a second."""
-    try:
-        return regex.fullmatch(pattern, path, timeout=PATTERN_SECONDS)
-    except TimeoutError:
-        raise ConfigError(
-            f"The pattern {pattern!r} takes over {PATTERN_SECONDS:g} s on {path!r}. "
-            "Nested repetitions such as (a+)+ do that; write it without them."
-        ) from None
-
-
 def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, list | dict) else value
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_int(value, 1) and value <= MAX_RANK
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_pattern(value: Any) -> bool:
-    return _is_text(value) and _pattern_fault(value) is None
-
-
-def _pattern_fault(value: str) -> str | None:
-    """Why a text is no regular expression, here and for PEFT, which reads the file with `re`; None if it is one."""
-    if len(value) > MAX_PATTERN:
-        return f"{value[:40]!r}… has {len(value):,} characters, at most {MAX_PATTERN:,} are allowed"
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            re.compile(value)
-            regex.compile(value)
-    except (re.error, regex.error, OverflowError, RecursionError) as error:
-        return f"{value!r} is not a regular expression: {error}"
-    return None
-
-
-def _why_no_pattern(name: str, value: Any) -> str:
-    """The first fault among the regular expressions that a field holds, to be added to what is allowed."""
-    match name, value:
-        case "target_modules" | "exclude_modules" | "layers_pattern", str():
-            texts = [value]
-        case "layers_pattern" | "rank_pattern" | "alpha_pattern", list() | dict():
-            texts = [text for text in value if isinstance(text, str)]
-        case _:
-            texts = []
-    return next((f" ({fault})" for text in texts if (fault := _pattern_fault(text))), "")
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value)) and len(set(value)) == len(value)
-
-
-def _is_probability(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-
-
-def _or_none(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or right(value)
-
-
-def _is_init(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value in INITS)
-
-
-_NAMES_OR_PATTERN = "must be a list of different module names, or one regular expression as a string"
-
-_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "task_type": (_or_none(lambda v: v in list(TaskType)), f"must be None or one of {', '.join(TaskType)}"),
-    "base_model_name_or_path": (_or_none(lambda v: isinstance(v, str)), "must be None, a path or a hub id"),
-    "revision": (_or_none(_is_text), "must be None or a branch, tag or commit"),
-    "inference_mode": (lambda v: isinstance(v, bool), "must be True or False"),
-    "r": (_is_rank, f"must be an integer from 1 to {MAX_RANK:,}"),
-    "target_modules": (
-        _or_none(lambda v: _is_names(v) or _is_pattern(v)),
-        f"{_NAMES_OR_PATTERN}, {ALL_LINEAR!r} or None",
-    ),
-    "exclude_modules": (_or_none(lambda v: v == [] or _is_names(v) or _is_pattern(v)), f"{_NAMES_OR_PATTERN}, or None"),
-    "lora_alpha": (_is_positive, "must be a positive finite number"),
-    "lora_dropout": (_is_probability, "must be a probability of at least 0 and below 1"),
-    "fan_in_fan_out": (lambda v: isinstance(v, bool), "must be True or False"),
-    "bias": (lambda v: isinstance(v, str) and v in BIASES, f"must be one of {', '.join(BIASES)}"),
-    "use_rslora": (lambda v: isinstance(v, bool), "must be True or False (a string is neither)"),
-    "modules_to_save": (
-        _or_none(lambda v: v == [] or _is_names(v)),
-        "must be None or a list of different module names",
-    ),
-    "init_lora_weights": (
-        _is_init,
-        f"must be True, False or 'gaussian' ({', '.join(INITS_TO_COME)}: not available yet)",
-    ),
-    "layers_to_transform": (
-        _or_none(lambda v: _is_int(v, 0) or (isinstance(v, list) and all(_is_int(i, 0) for i in v))),
-        "must be None, a layer index or a list of layer indices, counted from 0",
-    ),
-    "layers_pattern": (
-        _or_none(lambda v: v == [] or _is_pattern(v) or (_is_names(v) and all(map(_is_pattern, v)))),
-        "must be None or the name (or names) of a list of layers, such as 'layers'",
-    ),
-    "rank_pattern": (
-        lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_rank(rank) for k, rank in v.items()),
-        f"must map names or regular expressions to integers from 1 to {MAX_RANK:,}",
-    ),
-    "alpha_pattern": (
-        lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_positive(alpha) for k, alpha in v.items()),
-        "must map names or regular expressions to positive finite numbers",
-    ),
-    "use_dora": (lambda v: isinstance(v, bool), "must be True or False (a string is neither)"),
-}
-
-
-def _clashes(config: LoraConfig) -> list[str]:
-    """Where two fields, each right by itself, cannot both be meant."""
-    problems = []
-    is_pattern = isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
-    if is_pattern and config.layers_to_transform is not None:
-        problems.append(
-            "layers_to_transform cannot go with a regular expression in target_modules: "
-            "write the layer numbers into the expression, or give a list of names"
-        )
-    if config.layers_pattern and config.layers_to_transform is None:
-        problems.append("layers_pattern does nothing without layers_to_transform: set both or neither")
-    if isinstance(config.target_modules, list):
-        for name in sorted(set(config.target_modules) & set(config.modules_to_save or [])):
-            problems.append(f"{name} is in both target_modules and modules_to_save: choose one")
-    return problems

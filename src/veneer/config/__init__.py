@@ -1,0 +1,18 @@
+"""LoraConfig: flat data and its rules."""
+
+from veneer.config.lora_config import LoraConfig, rank_and_alpha
+from veneer.config.patterns import matches, matches_end, whole_match
+from veneer.config.rules import ALL_LINEAR, TaskType
+
+PeftConfig = LoraConfig
+
+__all__ = [
+    "ALL_LINEAR",
+    "LoraConfig",
+    "PeftConfig",
+    "TaskType",
+    "matches",
+    "matches_end",
+    "rank_and_alpha",
+    "whole_match",
+]

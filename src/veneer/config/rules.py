@@ -1,0 +1,139 @@
+"""What each field of a LoraConfig may be, and which fields cannot both be meant: every rule, in one place."""
+
+import sys
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from veneer.config.patterns import pattern_fault
+
+if TYPE_CHECKING:
+    from veneer.config.lora_config import LoraConfig
+
+ALL_LINEAR = "all-linear"
+MAX_RANK = 1 << 16  # above what any weight can have; a slip such as r=10**8 would ask for terabytes
+INITS = (True, False, "gaussian")
+INITS_TO_COME = ("orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+BIASES = ("none", "all", "lora_only")
+
+
+class TaskType(StrEnum):
+    """What the model is for; it decides which head is trained and saved with the adapter."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_int(value, 1) and value <= MAX_RANK
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_pattern(value: Any) -> bool:
+    return _is_text(value) and pattern_fault(value) is None
+
+
+def why_no_pattern(name: str, value: Any) -> str:
+    """The first fault among the regular expressions that a field holds, to be added to what is allowed."""
+    match name, value:
+        case "target_modules" | "exclude_modules" | "layers_pattern", str():
+            texts = [value]
+        case "layers_pattern" | "rank_pattern" | "alpha_pattern", list() | dict():
+            texts = [text for text in value if isinstance(text, str)]
+        case _:
+            texts = []
+    return next((f" ({fault})" for text in texts if (fault := pattern_fault(text))), "")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _or_none(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or right(value)
+
+
+def _is_init(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value in INITS)
+
+
+_NAMES_OR_PATTERN = "must be a list of different module names, or one regular expression as a string"
+
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "task_type": (_or_none(lambda v: v in list(TaskType)), f"must be None or one of {', '.join(TaskType)}"),
+    "base_model_name_or_path": (_or_none(lambda v: isinstance(v, str)), "must be None, a path or a hub id"),
+    "revision": (_or_none(_is_text), "must be None or a branch, tag or commit"),
+    "inference_mode": (lambda v: isinstance(v, bool), "must be True or False"),
+    "r": (_is_rank, f"must be an integer from 1 to {MAX_RANK:,}"),
+    "target_modules": (
+        _or_none(lambda v: _is_names(v) or _is_pattern(v)),
+        f"{_NAMES_OR_PATTERN}, {ALL_LINEAR!r} or None",
+    ),
+    "exclude_modules": (_or_none(lambda v: v == [] or _is_names(v) or _is_pattern(v)), f"{_NAMES_OR_PATTERN}, or None"),
+    "lora_alpha": (_is_positive, "must be a positive finite number"),
+    "lora_dropout": (_is_probability, "must be a probability of at least 0 and below 1"),
+    "fan_in_fan_out": (lambda v: isinstance(v, bool), "must be True or False"),
+    "bias": (lambda v: isinstance(v, str) and v in BIASES, f"must be one of {', '.join(BIASES)}"),
+    "use_rslora": (lambda v: isinstance(v, bool), "must be True or False (a string is neither)"),
+    "modules_to_save": (
+        _or_none(lambda v: v == [] or _is_names(v)),
+        "must be None or a list of different module names",
+    ),
+    "init_lora_weights": (
+        _is_init,
+        f"must be True, False or 'gaussian' ({', '.join(INITS_TO_COME)}: not available yet)",
+    ),
+    "layers_to_transform": (
+        _or_none(lambda v: _is_int(v, 0) or (isinstance(v, list) and all(_is_int(i, 0) for i in v))),
+        "must be None, a layer index or a list of layer indices, counted from 0",
+    ),
+    "layers_pattern": (
+        _or_none(lambda v: v == [] or _is_pattern(v) or (_is_names(v) and all(map(_is_pattern, v)))),
+        "must be None or the name (or names) of a list of layers, such as 'layers'",
+    ),
+    "rank_pattern": (
+        lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_rank(rank) for k, rank in v.items()),
+        f"must map names or regular expressions to integers from 1 to {MAX_RANK:,}",
+    ),
+    "alpha_pattern": (
+        lambda v: isinstance(v, dict) and all(_is_pattern(k) and _is_positive(alpha) for k, alpha in v.items()),
+        "must map names or regular expressions to positive finite numbers",
+    ),
+    "use_dora": (lambda v: isinstance(v, bool), "must be True or False (a string is neither)"),
+}
+
+
+def clashes(config: "LoraConfig") -> list[str]:
+    """Where two fields, each right by itself, cannot both be meant."""
+    problems = []
+    is_pattern = isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
+    if is_pattern and config.layers_to_transform is not None:
+        problems.append(
+            "layers_to_transform cannot go with a regular expression in target_modules: "
+            "write the layer numbers into the expression, or give a list of names"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        problems.append("layers_pattern does nothing without layers_to_transform: set both or neither")
+    if isinstance(config.target_modules, list):
+        for name in sorted(set(config.target_modules) & set(config.modules_to_save or [])):
+            problems.append(f"{name} is in both target_modules and modules_to_save: choose one")
+    return problems
