@@ -8,7 +8,6 @@
     ├── AdapterFileError (ValueError)      an adapter folder that is missing, damaged or does not fit
     ├── AttachError (RuntimeError)         a model in a state in which adapters cannot be attached
     ├── MergeError (RuntimeError)          a merge that would be wrong
-    ├── RouteError (RuntimeError)          adapters switched where that would give wrong gradients
     ├── DataError (ValueError)             a training row that cannot be used
     ├── RunError (ValueError)              a run file or a command line that cannot be right
     └── MissingPackageError (ImportError)  an optional package that is not installed
@@ -51,10 +50,6 @@ class AttachError(VeneerError, RuntimeError):
 
 class MergeError(VeneerError, RuntimeError):
     """A merge that would give wrong weights."""
-
-
-class RouteError(VeneerError, RuntimeError):
-    """Adapters were switched where that would give wrong gradients."""
 
 
 class DataError(VeneerError, ValueError):

@@ -13,7 +13,8 @@ import veneer
 from veneer.errors import AttachError
 from veneer.init import Factors
 from veneer.layers.adapter import Adapter
-from veneer.layers.attach import Adapted, adapted_class, attach, base_class, detach
+from veneer.layers.attach import Adapted, attach, detach
+from veneer.layers.swap import base_class, made_class
 from veneer.layers.kinds import LINEAR
 from veneer.layers.route import Route
 
@@ -64,7 +65,7 @@ def test_detaching_the_last_adapter_leaves_nothing():
     layer = nn.Linear(4, 3)
     names = set(vars(layer))
     adapted(layer)
-    attach(layer, "b", an_adapter(layer), layer.route)
+    attach(layer, "b", an_adapter(layer), layer._veneer_route)
     detach(layer, "a")
     assert isinstance(layer, Adapted)
     detach(layer, "b")
@@ -74,7 +75,7 @@ def test_detaching_the_last_adapter_leaves_nothing():
 
 
 def test_the_class_is_made_once():
-    assert adapted_class(nn.Linear) is adapted_class(nn.Linear)
+    assert made_class(Adapted, nn.Linear) is made_class(Adapted, nn.Linear)
     assert base_class(adapted()) is nn.Linear
     assert base_class(nn.Linear(1, 1)) is nn.Linear
 
@@ -85,7 +86,7 @@ def test_copies_work_and_share_nothing(clone):
     twin = clone(layer)
     x = torch.randn(2, 4)
     assert torch.equal(twin(x), layer(x))
-    twin.route.set(enabled=False)
+    twin._veneer_route.set(enabled=False)
     assert not torch.equal(twin(x), layer(x))
 
 
@@ -151,5 +152,5 @@ def test_attaching_after_compile_is_noticed():
     with_adapter = compiled(x)
     assert torch.equal(with_adapter, layer(x))
     assert not torch.equal(with_adapter, plain)
-    layer.route.set(enabled=False)
+    layer._veneer_route.set(enabled=False)
     assert torch.equal(compiled(x), plain)

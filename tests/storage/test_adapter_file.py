@@ -10,6 +10,7 @@ from veneer.storage.adapter_file import (
     CONFIG_FILE,
     PICKLE_FILE,
     WEIGHTS_FILE,
+    Expected,
     check_header,
     check_integrity,
     checksum,
@@ -20,7 +21,7 @@ from veneer.storage.adapter_file import (
 )
 
 TENSORS = {"x.lora_A.weight": torch.randn(2, 3), "x.lora_B.weight": torch.randn(4, 2).bfloat16()}
-SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+SHAPES = {name: Expected(tuple(tensor.shape)) for name, tensor in TENSORS.items()}
 
 
 def written(folder, tensors=TENSORS, config="{}", **options):

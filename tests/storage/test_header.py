@@ -209,3 +209,11 @@ ENTRIES = st.fixed_dictionaries(
 @given(header=JSON | st.dictionaries(WORDS, ENTRIES, max_size=2), size=st.integers(0, 24))
 def test_any_json(tmp_path_factory, header, size):
     check_bytes(tmp_path_factory.getbasetemp() / "json", packed(header, bytes(size)))
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x043C, 0x4B50])
+def test_a_length_that_looks_like_another_format_is_only_a_length(tmp_path, length):
+    """0x0280 begins as a pickle does, 0x3c is '<', 0x4b50 is 'PK'."""
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", length) + b"{}".ljust(length))
+    assert read_header(file).tensors == {}

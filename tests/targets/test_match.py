@@ -356,7 +356,7 @@ def test_only_layers_that_are_chosen_must_be_adaptable():
 
 def test_attention_that_reads_its_weights_is_refused():
     message = refusal("attention", target_modules="all-linear")
-    assert "attention.out_proj cannot be adapted: its MultiheadAttention reads its weight without calling it" in message
+    assert "attention.out_proj cannot be adapted: MultiheadAttention reads its weight without calling it" in message
     assert sites("attention", target_modules="all-linear", exclude_modules=["out_proj"]) == ["out"]
 
 

@@ -11,7 +11,8 @@ from train.tiny_chat import model, write_rows
 from veneer import PeftModel
 from veneer.errors import DataError, RunError, TargetError
 from veneer.train.progress import Progress
-from veneer.train.run import newest_checkpoint, train
+from veneer.train.resume import newest_checkpoint
+from veneer.train.run import train
 from veneer.train.settings import RunConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +70,7 @@ def test_a_run_writes_a_working_adapter_log_and_plot(chat_model: Path, rows_file
 
 
 def test_the_settings_it_writes_do_the_same_again(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    from veneer.train.settings import load
+    from veneer.train.run_file import load
 
     first = train(settings(chat_model, rows_file, tmp_path / "out"))
     again = train(load(tmp_path / "out" / "run.yaml", [f"output={tmp_path / 'again'}"]))

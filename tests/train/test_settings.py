@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from veneer.errors import RunError
-from veneer.train.settings import SECTIONS, RunConfig, load, parse
+from veneer.train.run_file import load, parse
+from veneer.train.settings import SECTIONS, RunConfig
 from veneer.train.template import TEMPLATE
 
 SMALL = "model: m\ndata: {train: rows.jsonl}\noutput: out\n"
@@ -74,7 +75,23 @@ def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
         (SMALL + "overwrite: true\ntraining: {resume: true}", "overwrite starts anew and training.resume goes on"),
         (SMALL + "lora: {r: 0}", "lora.r"),
         (SMALL + "lora: {lora_dropout: 1.5}", "lora.lora_dropout"),
-        (SMALL + "lora: {rank: 8}", "lora.rank: unknown key"),
+        (SMALL + "lora: {rank: 8}", "lora.rank: unknown key, did you mean 'r'?"),
+        (SMALL + "rank: 8", "rank: unknown key, did you mean 'lora.r'?"),
+        (SMALL + "training: {lr: 1e-3}", "training.lr: unknown key, did you mean 'learning_rate'?"),
+        (SMALL + "lora: {alpha: 8}", "lora.alpha: unknown key, did you mean 'lora_alpha'?"),
+        (SMALL + "training: {steps: 8}", "training.steps: unknown key, did you mean 'max_steps'?"),
+        (SMALL + "lora: {batch_size: 8}", "lora.batch_size: unknown key, did you mean 'training.batch_size'?"),
+        (SMALL + "lora: {or: 8}", "lora.or: unknown key (allowed: r,"),
+        (SMALL + "training: {batch_size: true}", "training.batch_size: should be a number, got true"),
+        (SMALL + "training: {learning_rate: yes}", "training.learning_rate: should be a number, got true"),
+        (SMALL + "lora: {r: true}", "lora.r: should be a number, got true"),
+        (SMALL + "lora: {rank_pattern: {q_proj: x}}", "lora.rank_pattern.q_proj: should be a valid integer, got 'x'"),
+        (SMALL + "lora: {target_modules: 5}", "lora.target_modules: should be a valid string or a valid list, got 5"),
+        (SMALL + "lora: {target_modules: [a, 5]}", "lora.target_modules.1: should be a valid string, got 5"),
+        (SMALL + "training: {warmup: 2.5}", "training: warmup=2.5 is neither a share below 1 nor a whole number"),
+        (SMALL + "[a, b]: 1", "not valid YAML (line 4, column 1): a key must be a word"),
+        (SMALL + "lora: " + "[" * 3000, "not valid YAML: it is nested too deeply"),
+        (SMALL + "revision: 2026-13-45", "not valid YAML: month must be in 1..12"),
         (SMALL + "model: other", "not valid YAML (line 4, column 1): the key 'model' is written twice"),
         ("model: [", "not valid YAML (line"),
         ("just text", "must hold keys such as"),
@@ -90,6 +107,29 @@ def test_all_problems_come_at_once() -> None:
     assert "6 problems" in text
     for said in ("'nonsense' is not of the form", "model: is required", "did you mean 'train'?", "training.epochs"):
         assert said in text
+
+
+def test_one_wrong_key_is_one_line() -> None:
+    assert "1 problem." in problems(SMALL + "lora: {target_modules: 5}")
+    assert "1 problem." in problems(SMALL + "lora: {target_modules: [5, 6]}")
+    assert "2 problems." in problems(SMALL + "lora: {rank_pattern: {q_proj: x, v_proj: y}}")
+
+
+def test_an_empty_section_means_its_defaults() -> None:
+    assert parse(SMALL + "training:\nlora:\n") == parse(SMALL)
+    assert parse(SMALL + "training:\n", ["training.batch_size=2"]).training.batch_size == 2
+    assert "data.train: is required" in problems("model: m\noutput: o\ndata:\n")
+
+
+def test_max_steps_alone_replaces_the_default_epochs_also_when_written_out() -> None:
+    said = parse(SMALL, ["training.max_steps=5"])
+    assert parse(yaml.safe_dump(said.model_dump(mode="json"))) == said
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"model: m\noutput: \xff\n")
+    with pytest.raises(RunError, match=r"run.yaml is not UTF-8 text \(line 2\)"):
+        load(tmp_path / "run.yaml")
 
 
 def test_an_override_inside_a_value_is_refused() -> None:

@@ -12,7 +12,7 @@ from veneer import LoraConfig
 from veneer.errors import RunError
 from veneer.integrations.transformers import add_adapter
 from veneer.train.data import Message, Row
-from veneer.train.run import _arguments
+from veneer.train.build import arguments
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import tokenise
 from veneer.train.trainer import VeneerSFTTrainer
@@ -34,11 +34,13 @@ def trainer(tmp_path: Path, adapted, *, through_head: bool, **training) -> Venee
     columns = {"input_ids": [e.input_ids for e in examples()], "labels": [e.labels for e in examples()]}
     return VeneerSFTTrainer(
         model=adapted,
-        args=_arguments(settings, tmp_path, evaluates=False),
+        args=arguments(settings, tmp_path, evaluates=False),
         train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer(),
         meter=Meter(),
         through_head=through_head,
+        schedule="linear",
+        warmup=0,
     )
 
 

@@ -25,7 +25,7 @@ def train(
 
     require("train")
     from veneer.train.progress import duration, for_console
-    from veneer.train.settings import load
+    from veneer.train.run_file import load
 
     run_config = load(file, settings or [])
     from veneer.train.run import train as run

@@ -45,6 +45,8 @@ NOT_YET: Mapping[str, Any] = {
 NOTES = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size")
 # Fields without which a file is not readable: a default would be a guess at how the adapter was trained.
 REQUIRED_IN_FILES = ("peft_type", "r", "lora_alpha", "target_modules")
+# Initialisations that are over once an adapter is saved: its values say all. (Others changed the base as well.)
+PAST_INITS = ("orthogonal", "eva", "mica")
 # Fields that may change on a config in use, because no number depends on them.
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
 
@@ -202,12 +204,16 @@ class LoraConfig:
         for name, value in data.items():
             if name in known or name in NOTES or name == "peft_type":
                 continue
+            if name == "eva_config" and data.get("init_lora_weights") == "eva":
+                continue
             if value not in (NOT_YET.get(name), None, False, {}, []):
                 hint = "not available yet" if name in NOT_YET else f"unknown field{did_you_mean(name, known)}"
                 problems.append(f"{name}={value!r}: {hint}; it may change what the adapter computes")
         if problems:
             raise ConfigError(bullet_list(f"{source} does not describe an adapter that can be used:", problems))
         given = {name: value for name, value in data.items() if name in known}
+        if given.get("init_lora_weights") in PAST_INITS:
+            given["init_lora_weights"] = True
         saved = given.get("modules_to_save")
         if isinstance(saved, list):  # PEFT adds the head of a classifier a second time
             given["modules_to_save"] = [name for i, name in enumerate(saved) if name not in saved[:i]]

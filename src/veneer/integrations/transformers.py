@@ -6,7 +6,6 @@ as transformers does for models that PEFT adapted. So Trainer and TRL write adap
 """
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,19 @@ from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, AttachError
+from veneer.layers import swap
 from veneer.model.apply import add_adapter as _add_adapter
 from veneer.model.apply import protect_checkpointing, set_enabled
 from veneer.model.files import load_adapter as _load_adapter
 from veneer.model.files import read_checked, save_adapter
+from veneer.model.merge import disable
 from veneer.model.overlay import overlay_of
+from veneer.model.pretrained import with_base_name
 from veneer.model.tensors import copy_tensors
 from veneer.storage.adapter_file import WEIGHTS_FILE
 from veneer.storage.hub import adapter_folder
 
-DEFAULT = "default"
+DEFAULT = "default"  # the name PEFT gives to the only adapter
 
 
 def add_adapter(
@@ -38,9 +40,7 @@ def add_adapter(
 
     Raises what `veneer.get_peft_model` raises, and then the model is as it was.
     """
-    name = vars(model).get("name_or_path")
-    if isinstance(config, LoraConfig) and config.base_model_name_or_path is None and name:
-        config = config.changed(base_model_name_or_path=name)
+    config = with_base_name(config, model)
     _add_adapter(model, adapter_name, config, float32=autocast_adapter_dtype, generator=generator)
     _teach(model)
 
@@ -63,8 +63,11 @@ def load_adapter(
     _teach(model)
 
 
-class AdaptedModel(nn.Module):
-    """Placed in front of a transformers model's class while adapters lie over it."""
+class AdaptedModel(swap.Front):
+    """Placed in front of a transformers model's class while adapters lie over it.
+
+    The class keeps its name: transformers writes it into config.json and looks tasks up by it.
+    """
 
     _hf_peft_config_loaded = True  # what transformers asks before it saves adapters and not the whole model
 
@@ -73,20 +76,26 @@ class AdaptedModel(nn.Module):
         overlay = overlay_of(self)
         return [] if overlay is None else list(overlay.route.active)
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
         """Write the active adapter to a folder in PEFT's format; never the base model.
 
-        To save the base model, remove the adapters first, or merge them.
+        state_dict  a state dict of this model to take the values from, as gathered from shards
+        options     those that shape a base checkpoint (`max_shard_size`, `variant`, …) change nothing here
+
+        To save the base model, remove the adapters first, or merge them. Raises AdapterFileError.
         """
-        active = self.active_adapters()
-        if len(active) != 1:
-            raise AdapterFileError(
-                f"Not saved to {save_directory}: one adapter is saved at a time, and {len(active)} are active."
-            )
-        if options.get("state_dict") is not None:
-            raise AdapterFileError(f"Not saved to {save_directory}: saving gathered shards is not available yet.")
+        if push_to_hub:
+            raise AdapterFileError("push_to_hub is not available yet: save to a folder and upload that.")
+        name = _only_active(self, f"Not saved to {save_directory}")
         if is_main_process:
-            save_adapter(self, active[0], Path(save_directory))
+            save_adapter(self, name, Path(save_directory), state=state_dict)
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         # where all of transformers' ways to switch checkpointing on end: recompute on the route of forward time
@@ -95,35 +104,16 @@ class AdaptedModel(nn.Module):
 
     def disable_adapters(self) -> None:
         """Let no adapter act until `enable_adapters`."""
-        set_enabled(self, False)
+        disable(self)
 
     def enable_adapters(self) -> None:
         """Let the active adapters act again."""
         set_enabled(self, True)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (_plain_class(self),), self.__dict__
-
-
-@cache
-def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    # the name stays: transformers writes it into config.json and looks tasks up by it
-    return type(base.__name__, (AdaptedModel, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-
-
-def _plain_class(model: Any) -> type[nn.Module]:
-    mro = type(model).__mro__
-    return mro[mro.index(AdaptedModel) + 1]
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _adapted_class(base)
-    return cls.__new__(cls)
-
 
 def _teach(model: nn.Module) -> None:
     if not isinstance(model, AdaptedModel):
-        model.__class__ = _adapted_class(type(model))
+        swap.place(model, AdaptedModel)
 
 
 def forget(model: nn.Module) -> None:
@@ -131,7 +121,15 @@ def forget(model: nn.Module) -> None:
     if isinstance(model, AdaptedModel):
         if overlay_of(model) is not None:
             raise AttachError("The model still has adapters: merge or remove them first.")
-        model.__class__ = _plain_class(model)  # type: ignore[assignment]
+        swap.take_away(model)
+
+
+def _only_active(model: AdaptedModel, what: str) -> str:
+    """The name of the one active adapter. Raises AdapterFileError if there are more or none."""
+    active = model.active_adapters()
+    if len(active) != 1:
+        raise AdapterFileError(f"{what}: one adapter is saved or restored at a time, and {len(active)} are active.")
+    return active[0]
 
 
 class LoraTrainerMixin:
@@ -155,7 +153,7 @@ def _restore(model: nn.Module, folder: Path) -> bool:
     """Copy an adapter folder into the active adapter of the same settings. False if there is nothing to do so."""
     if not isinstance(model, AdaptedModel) or not (folder / WEIGHTS_FILE).exists():
         return False
-    (name,) = model.active_adapters()
-    tensors: Mapping[str, Tensor] = read_checked(model, name, folder)
+    name = _only_active(model, f"{folder} was not restored")
+    tensors = read_checked(model, name, folder)
     copy_tensors(model, name, tensors)
     return True

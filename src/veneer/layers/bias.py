@@ -4,25 +4,27 @@ They are trained in place, under their own names; the originals are kept, so tha
 gives the base model back exactly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 
 class TrainedBiases:
-    """The biases one adapter trains: parameters by name, and the values they do not have at the moment.
+    """The biases one adapter trains, by their names in the model, and the values they do not have at the moment.
 
-    acting  whether the parameters hold the trained values; otherwise they hold the original ones
+    acting  whether the model holds the trained values; otherwise it holds the original ones
+
+    One bias may have several names, where a model shares it.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = dict(parameters)
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.names = tuple(names)
         self.acting = True
-        self._other = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._other = {name: parameter.detach().clone() for name, parameter, _ in self._parameters(model)}
 
-    def act(self, acting: bool, *, trainable: bool) -> None:
+    def act(self, model: nn.Module, acting: bool, *, trainable: bool) -> None:
         """Put the trained values in place, or the original ones, and let them get gradients or not."""
-        for name, parameter in self.parameters.items():
+        for name, parameter, _ in self._parameters(model):
             if acting != self.acting:
                 incoming = self._other[name].to(parameter.device, parameter.dtype)
                 self._other[name] = parameter.data
@@ -30,8 +32,21 @@ class TrainedBiases:
             parameter.requires_grad_(trainable)
         self.acting = acting
 
-    def trained(self) -> dict[str, Tensor]:
-        """The trained values by parameter name."""
-        if self.acting:
-            return {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return dict(self._other)
+    def trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """The trained values by every name: the tensors themselves, not copies."""
+        return {
+            name: parameter.detach() if self.acting else self._other[first]
+            for first, parameter, names in self._parameters(model)
+            for name in names
+        }
+
+    def _parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[str]]]:
+        """(first name, parameter, all its names) of each bias."""
+        names: dict[int, list[str]] = {}
+        found: dict[int, nn.Parameter] = {}
+        for name in self.names:
+            parameter = model.get_parameter(name)
+            names.setdefault(id(parameter), []).append(name)
+            found[id(parameter)] = parameter
+        for key, parameter in found.items():
+            yield names[key][0], parameter, names[key]

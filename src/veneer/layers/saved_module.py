@@ -1,109 +1,103 @@
 """Modules trained in full beside the adapters (`modules_to_save`): each adapter owns a copy, the original stays.
 
-The module's class is swapped as for an adapted layer; its forward hands over to the copy of the last acting adapter
-that has one.
+The module's class is swapped (see swap.py); its forward hands over to the copy of the last acting adapter that has
+one.
 """
 
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from veneer.layers.attach import Adapted, check_forward, rebind_hook
+from veneer.layers import swap
+from veneer.layers.attach import Adapted
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
+
+CHILD = "modules_to_save"
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class Copies(nn.ModuleDict):
     """One full copy of a module for each adapter that trains it, by adapter name."""
 
 
-class Saved(nn.Module):
+class Saved(swap.Front):
     """Placed in front of a module's class: its own forward, or that of the copy that acts."""
 
+    word = "Saved"
     modules_to_save: Copies
-    route: Route
+    _veneer_route: Route
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the copy that acts, or of the module itself."""
-        for name in reversed(self.route.acting):
+        for name in reversed(self._veneer_route.acting):
             if name in self.modules_to_save:
                 return self.modules_to_save[name](*args, **kwargs)
         return super().forward(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (_base_class(self),), self.__dict__
+
+class SavedSequential(Saved):
+    """The same for `nn.Sequential`, which runs what it iterates over: the copies are not part of that."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (module for module in self._modules.values() if not isinstance(module, Copies))  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
-@cache
-def _saved_class(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Saved{base.__name__}", (Saved, base), {"__module__": __name__, "__doc__": base.__doc__})
+def is_saved(module: nn.Module) -> bool:
+    """Whether an adapter trains this module in full."""
+    return isinstance(module, Saved)
 
 
-def _base_class(module: Any) -> type[nn.Module]:
-    mro = type(module).__mro__
-    return mro[mro.index(Saved) + 1]
+def original_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameters and persistent buffers by name, without the copies."""
+    return {name: value for name, value in module.state_dict().items() if not name.startswith(f"{CHILD}.")}
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _saved_class(base)
-    return cls.__new__(cls)
+def keep_copy(module: Layer, name: str, route: Route) -> None:
+    """Give adapter `name` its own trainable copy of the module.
 
-
-def original_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The module's own parameters by name, without those of the copies."""
-    for name, parameter in module.named_parameters():
-        if not name.startswith("modules_to_save."):
-            yield name, parameter
-
-
-def keep_copy(module: Layer, name: str, route: Route) -> nn.Module:
-    """Give adapter `name` its own trainable copy of the module; returns the copy."""
-    if isinstance(module, Saved):
-        others, module.modules_to_save = module.modules_to_save, Copies()
-        try:
-            copy = _plain_copy(module)
-        finally:
-            module.modules_to_save = others
-    else:
-        check_forward(module)
-        copy = deepcopy(module)
-        module.__class__ = _saved_class(type(module))
-        module.modules_to_save = Copies()
-        module.route = route
-        rebind_hook(module)
+    Raises AttachError if something other than accelerate has replaced the module's forward.
+    """
+    copy = _plain_copy(module)
     copy.requires_grad_(True)
-    module.modules_to_save[name] = copy
-    return copy
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(copy, hooks).clear()  # they run on the module itself already
+    if not is_saved(module):
+        swap.check_forward(module)
+        module.modules_to_save = Copies({name: copy})
+        module._veneer_route = route
+        swap.place(module, SavedSequential if isinstance(module, nn.Sequential) else Saved)
+    else:
+        module.modules_to_save[name] = copy
 
 
-def _plain_copy(module: Layer) -> nn.Module:
-    route, module.route = module.route, Route()
-    try:
-        copy = deepcopy(module)
-    finally:
-        module.route = route
-    _strip(copy)
+def _plain_copy(module: Layer) -> Layer:
+    """A copy of the original module alone."""
+    if not is_saved(module):
+        return deepcopy(module)
+    spared = {id(module.modules_to_save): Copies(), id(module._veneer_route): Route()}
+    copy = deepcopy(module, spared)
+    swap.take_away(copy)
+    del copy.modules_to_save
+    del copy._veneer_route
     return copy
 
 
 def drop_copy(module: Layer, name: str) -> None:
     """Forget adapter `name`'s copy. With the last one the module is what it was before."""
-    if not isinstance(module, Saved) or name not in module.modules_to_save:
+    if not is_saved(module) or name not in module.modules_to_save:
         return
-    del module.modules_to_save[name]
-    if not len(module.modules_to_save):
-        _strip(module)
-
-
-def _strip(module: Layer) -> None:
-    base = _base_class(module)
+    if len(module.modules_to_save) > 1:
+        del module.modules_to_save[name]
+        return
+    swap.take_away(module)
     del module.modules_to_save
-    del module.route
-    module.__class__ = base
-    rebind_hook(module)
+    del module._veneer_route
 
 
 def contains_adapted(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError, MergeError
+from veneer.errors import MergeError
 from veneer.functional import dora
 from veneer.init import Factors, Weight, initialise
 from veneer.layers import attach, saved_module
@@ -14,17 +14,17 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.bias import TrainedBiases
 from veneer.layers.kinds import Layer
 from veneer.layers.route import RoutedCheckpoint
-from veneer.layers.weights import read
+from veneer.layers.weights import home, read
 from veneer.model.overlay import (
     Overlay,
     hang,
     overlay_made_for,
+    overlay_needed,
     overlay_of,
     own_parameters,
     take_down,
 )
 from veneer.model.plan import Plan, plan
-from veneer.model.pretrained import keep_checkpoint_clean
 from veneer.model.tensors import copy_tensors, factor_keys
 from veneer.storage import keys
 from veneer.targets import Resolution, Site
@@ -78,7 +78,7 @@ def carry_out(
     if first:
         model.requires_grad_(False)
     if todo.resolution.biases:
-        overlay.biases[name] = TrainedBiases({path: model.get_parameter(path) for path in todo.resolution.biases})
+        overlay.biases[name] = TrainedBiases(model, todo.resolution.biases)
     overlay.configs[name] = todo.config
     overlay.resolutions[name] = todo.resolution
     overlay.trainable[name] = not todo.config.inference_mode
@@ -86,24 +86,20 @@ def carry_out(
     if tensors is not None:
         copy_tensors(model, name, tensors)
     protect_checkpointing(model)
-    keep_checkpoint_clean(model, overlay)
     activate(model, (name,) if first else overlay.route.active)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Take an adapter off the model. With the last one nothing of Veneer is left on it, and the base is as it was."""
-    overlay = overlay_of(model)
-    if overlay is None:
-        raise AdapterNameError(f"There is no adapter {name!r}: the model has none.")
+    overlay = overlay_needed(model)
     overlay.check_names([name])
     if overlay.route.merged:
         raise MergeError(f"Adapter {name!r} cannot be removed while {', '.join(overlay.route.merged)} is merged.")
     if name in overlay.biases:
-        overlay.biases.pop(name).act(False, trainable=False)
+        overlay.biases.pop(name).act(model, False, trainable=False)
     _take_off(model, name, overlay.resolutions[name])
     for table in (overlay.configs, overlay.resolutions, overlay.trainable):
         table.pop(name)
-    keep_checkpoint_clean(model, overlay)
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))
     else:
@@ -120,22 +116,17 @@ def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
 
 def activate(model: nn.Module, names: Iterable[str]) -> None:
     """Let these adapters act, in this order, and only them train. Raises AdapterNameError for an unknown name."""
-    overlay = overlay_of(model)
-    names = tuple(names)
-    if overlay is None:
-        raise AdapterNameError("The model has no adapter.")
+    overlay, names = overlay_needed(model), tuple(names)
     overlay.check_names(names)
     overlay.route.set(active=names)
     follow_route(model, overlay)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
-    """Let the chosen adapters act, or none. Which parameters train does not change."""
-    overlay = overlay_of(model)
-    if overlay is None:
-        raise AdapterNameError("The model has no adapter.")
+    """Let the chosen adapters act, or none; merged weights stay (see `merge.disable`)."""
+    overlay = overlay_needed(model)
     overlay.route.set(enabled=enabled)
-    _place_biases(overlay)
+    place_biases(model, overlay)
 
 
 def follow_route(model: nn.Module, overlay: Overlay) -> None:
@@ -144,13 +135,14 @@ def follow_route(model: nn.Module, overlay: Overlay) -> None:
         wanted = name in overlay.route.active and overlay.trainable[name]
         for parameter in own_parameters(model, name):
             parameter.requires_grad_(wanted)
-    _place_biases(overlay)
+    place_biases(model, overlay)
 
 
-def _place_biases(overlay: Overlay) -> None:
+def place_biases(model: nn.Module, overlay: Overlay) -> None:
+    """Give every bias the value that goes with the adapters that act."""
     for name, biases in overlay.biases.items():
         acting = name in overlay.route.acting
-        biases.act(acting, trainable=acting and overlay.trainable[name])
+        biases.act(model, acting, trainable=acting and overlay.trainable[name])
 
 
 def _adapter(
@@ -163,7 +155,7 @@ def _adapter(
     generator: Generator | None,
 ) -> Adapter:
     layer: Layer = model.get_submodule(site.path)
-    dtype, device = _adapter_dtype(layer, float32), layer.weight.device
+    dtype, device = _adapter_dtype(layer, float32), home(layer)
     magnitude = None
     if tensors is not None:
         key_A, key_B = factor_keys(site)

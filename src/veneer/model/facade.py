@@ -1,8 +1,7 @@
 """PeftModel: a model with adapters that knows its task and its files, under PEFT's names."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +11,9 @@ from veneer.config import LoraConfig, TaskType
 from veneer.errors import AttachError, ConfigError, VeneerWarning
 from veneer.model.apply import add_adapter
 from veneer.model.files import load_adapter, save_adapter
-from veneer.model.overlay import overlay_of
+from veneer.model.methods import AdapterMethods
+from veneer.model.overlay import overlay_needed, overlay_of
+from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.report import count_parameters, trainable_line
 from veneer.model.tuner import LoraModel
 from veneer.storage.hub import adapter_folder
@@ -20,7 +21,7 @@ from veneer.storage.hub import adapter_folder
 DEFAULT = "default"
 
 
-class PeftModel(nn.Module):
+class PeftModel(AdapterMethods):
     """A model with adapters. `base_model.model` is the user's own model; unknown attributes are its.
 
     Made by `get_peft_model` or `PeftModel.from_pretrained`.
@@ -42,11 +43,17 @@ class PeftModel(nn.Module):
         add_adapter(
             model,
             adapter_name,
-            _with_base_name(peft_config, model),
+            with_base_name(peft_config, model),
             float32=autocast_adapter_dtype,
             generator=generator,
         )
         self.base_model = LoraModel(model)
+        guard_saving(model)
+
+    @property
+    def bare(self) -> nn.Module:
+        """The user's own model, with the adapters on it."""
+        return self.base_model.model
 
     @classmethod
     def _over(cls, model: nn.Module) -> Self:
@@ -54,6 +61,7 @@ class PeftModel(nn.Module):
         facade = cls.__new__(cls)
         nn.Module.__init__(facade)
         facade.base_model = LoraModel(model)
+        guard_saving(model)
         return facade
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,33 +94,7 @@ class PeftModel(nn.Module):
     @property
     def active_peft_config(self) -> LoraConfig:
         """The config of the first active adapter."""
-        return self.base_model.peft_config[self.base_model.active_adapters[0]]
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: LoraConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-        *,
-        generator: Generator | None = None,
-    ) -> None:
-        """Attach one more adapter, which waits until `set_adapter`. See `LoraModel.add_adapter`.
-
-        low_cpu_mem_usage is there for PEFT's callers; nothing is ever allocated twice.
-        """
-        self.base_model.add_adapter(
-            adapter_name,
-            _with_base_name(peft_config, self.get_base_model()),
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            generator=generator,
-        )
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is the base model."""
-        with self.base_model.disable_adapter():
-            yield
+        return self.peft_config[self.active_adapters[0]]
 
     def save_pretrained(
         self,
@@ -125,6 +107,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters in PEFT's format: `default` to the folder itself, each other one to a subfolder of its name.
 
+        state_dict  a state dict of this model to take the values from, as gathered from shards
+
         Each folder is replaced in one step. Raises AdapterNameError or AdapterFileError.
         """
         if not safe_serialization:
@@ -132,9 +116,10 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         if not is_main_process:
             return
-        for name in names or [DEFAULT]:
+        overlay_needed(self.bare).check_names(names)
+        for name in names:
             folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-            save_adapter(self.get_base_model(), name, folder, state=state_dict)
+            save_adapter(self.bare, name, folder, state=state_dict)
 
     @classmethod
     def from_pretrained(
@@ -265,14 +250,6 @@ def get_peft_model(
     return task_class(peft_config)(
         model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, generator=generator
     )
-
-
-def _with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """A copy that names the base model, if the config does not and the model knows."""
-    name = vars(model).get("name_or_path") or None
-    if not isinstance(config, LoraConfig) or config.base_model_name_or_path is not None or name is None:
-        return config
-    return config.changed(base_model_name_or_path=name)
 
 
 def _refuse_second_facade(model: nn.Module) -> None:

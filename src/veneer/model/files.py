@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from veneer._version import __version__
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, bullet_list
 from veneer.model.apply import carry_out
-from veneer.model.overlay import overlay_of
+from veneer.model.overlay import overlay_needed
 from veneer.model.plan import plan
-from veneer.model.tensors import adapter_tensors, expected_shapes, repeated_keys
+from veneer.model.tensors import adapter_tensors, expected_tensors, repeated_keys, tensors_from_state
 from veneer.storage.adapter_file import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -36,20 +37,18 @@ _NOTE = "veneer_trained_with"
 def save_adapter(model: nn.Module, name: str, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
     """Write adapter `name` to a folder in PEFT's format, in one step.
 
-    state  values to save instead of the model's, by their names in an adapter file (as gathered from shards)
+    state  a state dict of the model to take the values from, as gathered from shards
 
     Raises AdapterNameError, ConfigError if the config was edited, AdapterFileError if values are broken or missing.
     """
-    overlay = overlay_of(model)
-    if overlay is None:
-        raise AdapterFileError(f"Nothing to save to {folder}: the model has no adapter (was it merged or unloaded?).")
+    overlay = overlay_needed(model)
     overlay.check_names([name])
-    tensors = adapter_tensors(model, name) if state is None else dict(state)
-    expected = expected_shapes(model, overlay.resolutions[name])
+    tensors = adapter_tensors(model, name) if state is None else tensors_from_state(model, name, state)
+    expected = expected_tensors(model, overlay.resolutions[name])
     wrong = [
-        f"{key}: {list(tensors[key].shape) if key in tensors else 'missing'}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key not in tensors or tuple(tensors[key].shape) != shape
+        f"{key}: {list(tensors[key].shape) if key in tensors else 'missing'}, expected {list(needed.shape)}"
+        for key, needed in expected.items()
+        if key not in tensors or tuple(tensors[key].shape) != needed.shape
     ]
     if wrong:
         raise AdapterFileError(
@@ -58,7 +57,7 @@ def save_adapter(model: nn.Module, name: str, folder: Path, *, state: Mapping[st
     config = overlay.configs[name]
     config.check_unedited()
     on_disk = config.changed(inference_mode=True)
-    notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config), sort_keys=True)}
+    notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config))}
     write_adapter(folder, on_disk.to_json(), {key: tensors[key] for key in expected}, metadata=notes)
 
 
@@ -96,16 +95,15 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
 
     Raises AdapterFileError if they do not, or were trained with other settings.
     """
-    overlay = overlay_of(model)
-    assert overlay is not None
+    overlay = overlay_needed(model)
     header = read_weights_header(folder)
     _check_config_belongs(folder, overlay.configs[name], header)
     return _checked_tensors(model, folder, overlay.resolutions[name], header)
 
 
 def _checked_tensors(model: nn.Module, folder: Path, resolution: Resolution, header: Header) -> dict[str, Tensor]:
-    expected = expected_shapes(model, resolution)
-    repeated = repeated_keys(model, resolution)
+    expected = expected_tensors(model, resolution)
+    repeated = {key: base for key, base in repeated_keys(model, resolution).items() if key not in expected}
     check_header(folder, header, expected, repeated)
     tensors = read_tensors(folder, header.tensors)
     check_integrity(folder, header, tensors)
@@ -113,19 +111,22 @@ def _checked_tensors(model: nn.Module, folder: Path, resolution: Resolution, hea
     return {key: tensors[key] for key in expected}
 
 
-def _trained_with(config: LoraConfig) -> dict[str, object]:
-    """The settings as JSON values; a pattern as pairs, since the first key that matches counts."""
-    values = {field: getattr(config, field) for field in _TRAINED_WITH}
-    return {field: [list(pair) for pair in v.items()] if isinstance(v, dict) else v for field, v in values.items()}
+def _trained_with(config: LoraConfig) -> dict[str, Any]:
+    return {field: getattr(config, field) for field in _TRAINED_WITH}
+
+
+def _as_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with patterns as lists of pairs: the first key that matches counts, so their order does."""
+    return {field: list(value.items()) if isinstance(value, dict) else value for field, value in settings.items()}
 
 
 def _check_config_belongs(folder: Path, config: LoraConfig, header: Header) -> None:
     note = header.metadata.get(_NOTE)
     if note is None:
         return
-    recorded, now = json.loads(note), _trained_with(config)
+    recorded, now = _as_pairs(json.loads(note)), _as_pairs(_trained_with(config))
     differing = [
-        f"{field}: trained with {recorded[field]!r}, the config says {now[field]!r}"
+        f"{field}: trained with {json.loads(note)[field]!r}, the config says {getattr(config, field)!r}"
         for field in _TRAINED_WITH
         if field in recorded and recorded[field] != now[field]
     ]
@@ -156,7 +157,7 @@ def _check_repeats_base(
     for key, parameter_name in repeated.items():
         if key not in tensors or parameter_name is None:
             continue
-        own, given = model.get_parameter(parameter_name), tensors[key]
+        own, given = model.state_dict()[parameter_name], tensors[key]
         if own.shape != given.shape or not torch.equal(own.detach().cpu(), given.to(own.dtype)):
             raise AdapterFileError(
                 f"{Path(folder) / WEIGHTS_FILE} brings its own {parameter_name} {list(given.shape)}, which differs "

@@ -5,6 +5,7 @@ before the first one is put in place.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from veneer.errors import MergeError, bullet_list
 from veneer.layers.attach import Adapted
 from veneer.layers.kinds import Layer
-from veneer.layers.weights import read, store_of
-from veneer.model.apply import remove_adapter, set_enabled
-from veneer.model.overlay import Overlay, overlay_of, saved_modules
+from veneer.layers.weights import is_offloaded, read, store_of
+from veneer.model.apply import place_biases, remove_adapter, set_enabled
+from veneer.model.overlay import Overlay, overlay_needed, overlay_of, saved_modules
 
 
 def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -23,21 +24,20 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     Keeps the base weights, which takes as much memory as the adapted layers. Raises AdapterNameError or MergeError,
     and then nothing has changed.
     """
-    overlay = _overlay(model)
+    overlay = overlay_needed(model)
     names = _checked(model, overlay, names)
-    merged = dict(_merged_weights(model, names))
-    for path, weight in merged.items():
+    for path, weight in dict(_merged_weights(model, names)).items():
         layer: Layer = model.get_submodule(path)
         overlay.originals[path] = layer._parameters["weight"]
         store_of(layer).write(layer, weight)
     overlay.route.set(merged=names)
-    set_enabled(model, overlay.route.enabled)
+    place_biases(model, overlay)
     return names
 
 
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit. Raises MergeError if nothing is merged."""
-    overlay = _overlay(model)
+    overlay = overlay_needed(model)
     if not overlay.route.merged:
         raise MergeError("Nothing is merged.")
     for path, original in overlay.originals.items():
@@ -48,7 +48,35 @@ def unmerge(model: nn.Module) -> None:
         layer._parameters["weight"] = original
     overlay.originals.clear()
     overlay.route.set(merged=())
-    set_enabled(model, overlay.route.enabled)
+    place_biases(model, overlay)
+
+
+def disable(model: nn.Module) -> None:
+    """Let the model be the base model: what is merged is taken out, and no adapter acts until it is enabled again."""
+    if overlay_needed(model).route.merged:
+        unmerge(model)
+    set_enabled(model, False)
+
+
+@contextmanager
+def base_in_place(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the base model; afterwards what acted acts again, merged or not.
+
+    Adapters may be removed inside. Merging inside is refused.
+    """
+    overlay = overlay_of(model)
+    if overlay is None:
+        yield
+        return
+    enabled, merged = overlay.route.enabled, overlay.route.merged
+    disable(model)
+    try:
+        yield
+    finally:
+        if overlay_of(model) is overlay:
+            set_enabled(model, enabled)
+            if merged and enabled and set(merged) <= overlay.configs.keys():
+                merge(model, merged)
 
 
 def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
@@ -57,7 +85,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     Weights are checked in a first pass and written in a second, layer by layer, so that no second model is held.
     Raises AdapterNameError or MergeError, and then nothing has changed.
     """
-    overlay = _overlay(model)
+    overlay = overlay_needed(model)
     if overlay.route.merged:
         unmerge(model)
     names = _checked(model, overlay, names)
@@ -73,7 +101,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
         path: value
         for name in names
         if name in overlay.biases
-        for path, value in overlay.biases[name].trained().items()
+        for path, value in overlay.biases[name].trained(model).items()
     }
     remove_all(model)
     for path, value in kept.items():
@@ -83,20 +111,13 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
 
 
 def remove_all(model: nn.Module) -> nn.Module:
-    """Take every adapter off without merging; returns the same model, as it was before the first one."""
-    overlay = _overlay(model)
+    """Take every adapter off without merging; returns the same model, as it was before the first one, still frozen."""
+    overlay = overlay_needed(model)
     if overlay.route.merged:
         unmerge(model)
     for name in list(overlay.configs):
         remove_adapter(model, name)
     return model
-
-
-def _overlay(model: nn.Module) -> Overlay:
-    overlay = overlay_of(model)
-    if overlay is None:
-        raise MergeError("The model has no adapter to merge or remove.")
-    return overlay
 
 
 def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -105,6 +126,8 @@ def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) ->
     if overlay.route.merged:
         already = ", ".join(map(repr, overlay.route.merged))
         raise MergeError(f"{already} is merged already: call unmerge_adapter() first.")
+    if not overlay.route.enabled:
+        raise MergeError("The adapters are disabled: enable them before merging.")
     if not names:
         raise MergeError("No adapter is active: name those to merge.")
     owners: dict[str, str] = {}
@@ -127,6 +150,8 @@ def _merged_weights(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[st
         mine = [layer.adapters[name] for name in names if name in layer.adapters]
         if not mine:
             continue
+        if is_offloaded(layer):
+            raise MergeError(f"The weight of {path} is offloaded: load the model without offloading to merge.")
         with torch.no_grad():
             weight = read(layer)
             base = weight.to(torch.float64 if weight.device.type == "cpu" else torch.float32)

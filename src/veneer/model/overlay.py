@@ -22,7 +22,6 @@ class Overlay:
 
     trainable  whether the adapter may get gradients; False for one that was loaded for use
     originals  while adapters are merged: the base weights by path, to be put back as they were
-    unsaved    names of ours that the model's own saving was told to leave out
     """
 
     route: Route = field(default_factory=Route)
@@ -31,11 +30,13 @@ class Overlay:
     biases: dict[str, TrainedBiases] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
-    unsaved: set[str] = field(default_factory=set)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise AdapterNameError if an adapter of one of these names does not exist."""
+        """Raise AdapterNameError if an adapter of one of these names does not exist, or a name is said twice."""
+        names = list(names)
         for name in names:
+            if names.count(name) > 1:
+                raise AdapterNameError(f"Adapter {name!r} is named twice; it can act, or be merged, once.")
             if name not in self.configs:
                 there = ", ".join(map(repr, self.configs)) or "none"
                 hint = did_you_mean(str(name), self.configs)
@@ -45,6 +46,14 @@ class Overlay:
 def overlay_of(model: nn.Module) -> Overlay | None:
     """The overlay of a model, or None if it never had an adapter."""
     return vars(model).get(_ATTRIBUTE)
+
+
+def overlay_needed(model: nn.Module) -> Overlay:
+    """The overlay of a model. Raises AdapterNameError if it has no adapter."""
+    overlay = overlay_of(model)
+    if overlay is None:
+        raise AdapterNameError("The model has no adapter (was it merged or unloaded?).")
+    return overlay
 
 
 def overlay_made_for(model: nn.Module) -> Overlay:
@@ -66,17 +75,13 @@ def take_down(model: nn.Module) -> None:
 
 def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
     """(path, layer) of the layers on which adapter `name` lies, in the model's order."""
-    overlay = overlay_of(model)
-    assert overlay is not None
-    for site in overlay.resolutions[name].sites:
+    for site in overlay_needed(model).resolutions[name].sites:
         yield site.path, model.get_submodule(site.path)
 
 
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
     """(path, module) of the modules that adapter `name` trains in full."""
-    overlay = overlay_of(model)
-    assert overlay is not None
-    for path in overlay.resolutions[name].saved:
+    for path in overlay_needed(model).resolutions[name].saved:
         yield path, model.get_submodule(path)
 
 

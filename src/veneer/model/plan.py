@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError, AttachError, ConfigError, bullet_list
-from veneer.layers.attach import Adapted, check_forward
-from veneer.layers.saved_module import Saved, contains_adapted
-from veneer.layers.weights import read
+from veneer.errors import AdapterNameError, AttachError, ConfigError, MergeError, bullet_list
+from veneer.layers import attach, saved_module
+from veneer.layers.attach import Adapted
+from veneer.layers.kinds import Layer
+from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
+from veneer.layers.swap import check_forward
+from veneer.layers.weights import is_offloaded, read
 from veneer.model.overlay import Overlay, overlay_of
-from veneer.targets import Resolution, resolve
+from veneer.targets import Resolution, Site, resolve
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -30,23 +33,31 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
 
     strict  whether a setting that matches nothing is an error, or only a warning
 
-    Raises AdapterNameError, ConfigError, TargetError or AttachError.
+    Raises AdapterNameError, ConfigError, TargetError, AttachError, or MergeError for a weight that DoRA cannot read.
     """
     overlay = overlay_of(model)
     check_name(name, overlay)
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"A LoraConfig is needed, not {type(config).__module__}.{type(config).__qualname__}.")
     config.check()
+    if overlay is not None and overlay.route.merged:
+        raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
     resolution = resolve(model, config, strict=strict)
-    problems = [*_clashes(model, resolution), *_clashes_of_bias(overlay, name, resolution)]
+    problems = [
+        *(problem for path in resolution.saved for problem in _why_not_saved(model.get_submodule(path), path, overlay)),
+        *(problem for site in resolution.sites for problem in _why_not_adapted(model.get_submodule(site.path), site)),
+        *_other_overlay(model, overlay, resolution),
+        *_clashes_of_bias(overlay, resolution),
+    ]
     if problems:
         raise AttachError(bullet_list(f"Adapter {name!r} cannot be attached:", problems))
+    for path in [*(site.path for site in resolution.sites), *resolution.saved]:
+        module = model.get_submodule(path)
+        if not isinstance(module, Adapted) and not is_saved(module):
+            check_forward(module)
     for site in resolution.sites:
-        layer = model.get_submodule(site.path)
-        if not isinstance(layer, Adapted):
-            check_forward(layer)
         if site.dora:
-            read(layer)
+            read(model.get_submodule(site.path))
     stored_transposed = any(site.kind.fan_in_fan_out for site in resolution.sites)
     resolved = config.in_use(
         target_modules=resolution.target_modules,
@@ -63,27 +74,48 @@ def check_name(name: str, overlay: Overlay | None) -> None:
             f"An adapter cannot be called {name!r}: a name has 1 to 64 letters, digits, '_' or '-' "
             "(it becomes part of parameter names and a folder)."
         )
-    if name in dir(nn.ModuleDict):
-        raise AdapterNameError(f"An adapter cannot be called {name!r}: torch modules have a method of that name.")
+    if hasattr(nn.ModuleDict(), name):
+        raise AdapterNameError(f"An adapter cannot be called {name!r}: torch modules have an attribute of that name.")
     if overlay is not None and name in overlay.configs:
         raise AdapterNameError(f"There is an adapter {name!r} already: delete it first, or choose another name.")
 
 
-def _clashes(model: nn.Module, resolution: Resolution) -> list[str]:
+def _why_not_saved(module: nn.Module, path: str, overlay: Overlay | None) -> list[str]:
     problems = []
-    for path in resolution.saved:
-        module = model.get_submodule(path)
-        if contains_adapted(module):
-            problems.append(f"modules_to_save: {path} holds layers that another adapter adapts")
-        if any(isinstance(child, Saved) for child in list(module.modules())[1:]):
-            problems.append(f"modules_to_save: {path} holds a module that another adapter trains in full")
-    for site in resolution.sites:
-        if isinstance(model.get_submodule(site.path), Saved):
-            problems.append(f"target_modules: another adapter trains {site.path} in full")
+    if contains_adapted(module):
+        problems.append(f"modules_to_save: {path} holds layers that another adapter adapts")
+    if any(is_saved(child) for child in list(module.modules())[1:]):
+        problems.append(f"modules_to_save: {path} holds a module that another adapter trains in full")
+    if isinstance(module, CONTAINERS):
+        problems.append(f"modules_to_save: {path} is a {type(module).__name__}, never called itself; name its parts")
+    if not is_saved(module) and hasattr(module, saved_module.CHILD):
+        problems.append(f"modules_to_save: {path} has an attribute {saved_module.CHILD!r} of its own")
     return problems
 
 
-def _clashes_of_bias(overlay: Overlay | None, name: str, resolution: Resolution) -> list[str]:
+def _why_not_adapted(layer: Layer, site: Site) -> list[str]:
+    problems = []
+    if is_saved(layer):
+        problems.append(f"target_modules: another adapter trains {site.path} in full")
+    if not isinstance(layer, Adapted) and hasattr(layer, attach.CHILD):
+        problems.append(f"target_modules: {site.path} has an attribute {attach.CHILD!r} of its own")
+    if site.dora and is_offloaded(layer):
+        problems.append(f"use_dora: the weight of {site.path} is offloaded, and its norms cannot be read yet")
+    return problems
+
+
+def _other_overlay(model: nn.Module, overlay: Overlay | None, resolution: Resolution) -> list[str]:
+    """Adapters that were laid over a part of the model, or over a model this one is part of."""
+    paths = [*(site.path for site in resolution.sites), *resolution.saved]
+    routes = {path: vars(model.get_submodule(path)).get("_veneer_route") for path in paths}
+    mine = None if overlay is None else overlay.route
+    strange = [path for path, route in routes.items() if route is not None and route is not mine]
+    if strange:
+        return [f"{strange[0]} has adapters from another call, on a part of this model or on a whole it belongs to"]
+    return []
+
+
+def _clashes_of_bias(overlay: Overlay | None, resolution: Resolution) -> list[str]:
     others = sorted(overlay.biases) if overlay is not None else []
     if resolution.biases and others:
         return [f"bias: adapter {others[0]!r} trains biases of this model already, and only one adapter can"]

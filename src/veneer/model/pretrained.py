@@ -1,35 +1,67 @@
 """What a transformers model has to be told, so that its own saving stays right. Plain torch models are left alone."""
 
+from typing import Any
+
 from torch import nn
 
+from veneer.config import LoraConfig
 from veneer.layers.attach import Adapters
 from veneer.layers.kinds import Layer
 from veneer.layers.saved_module import Copies
-from veneer.model.overlay import Overlay
+from veneer.model.merge import base_in_place
 
-_LIST = "_keys_to_ignore_on_save"
+_SAVE = "save_pretrained"
+_LEAVE_OUT = "_keys_to_ignore_on_save"
 
 
-def keep_checkpoint_clean(model: nn.Module, overlay: Overlay) -> None:
-    """Keep adapter tensors out of what the model's own `save_pretrained` writes: the base checkpoint."""
-    if not hasattr(type(model), _LIST):
-        return
-    ours = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, Adapters | Copies)
-        for name, _ in module.named_parameters()
-    }
-    theirs = set(getattr(model, _LIST) or ()) - overlay.unsaved
-    overlay.unsaved = ours
-    setattr(model, _LIST, theirs | ours)
+class SaveBase:
+    """A model's own `save_pretrained` while adapters lie over it: it writes the base, as if there were none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save with the base weights and biases in place and without the adapters' tensors."""
+        theirs = getattr(self.model, _LEAVE_OUT)
+        ours = {
+            f"{path}.{name}"
+            for path, module in self.model.named_modules()
+            if isinstance(module, Adapters | Copies)
+            for name in module.state_dict()
+        }
+        setattr(self.model, _LEAVE_OUT, {*(theirs or ()), *ours})
+        try:
+            with base_in_place(self.model):
+                return getattr(type(self.model), _SAVE)(self.model, *args, **kwargs)
+        finally:
+            setattr(self.model, _LEAVE_OUT, theirs)
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Let the model's own `save_pretrained` write the base checkpoint, untouched by adapters."""
+    if hasattr(type(model), _SAVE) and hasattr(type(model), _LEAVE_OUT):
+        vars(model)[_SAVE] = SaveBase(model)
+
+
+def release_saving(model: nn.Module) -> None:
+    """Undo `guard_saving`."""
+    if isinstance(vars(model).get(_SAVE), SaveBase):
+        del vars(model)[_SAVE]
 
 
 def note_untied_head(model: Layer) -> None:
     """Tell a config that output head and embedding are two weights now, or loading would tie them again."""
     config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is not embedding.weight:
-        config.tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
+def with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """A copy that names the base model, if the config does not and the model knows."""
+    name = vars(model).get("name_or_path") or None
+    if not isinstance(config, LoraConfig) or config.base_model_name_or_path is not None or name is None:
+        return config
+    return config.changed(base_model_name_or_path=name)

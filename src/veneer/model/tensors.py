@@ -5,10 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from veneer.layers.saved_module import original_parameters
-from veneer.model.overlay import adapted_layers, overlay_of, saved_modules
+from veneer.layers import attach, saved_module
+from veneer.layers.saved_module import original_state
+from veneer.model.overlay import adapted_layers, overlay_needed, saved_modules
 from veneer.storage import keys
+from veneer.storage.adapter_file import Expected
 from veneer.targets import Resolution, Site
+from veneer.targets.structure import embeddings
 
 
 def factor_keys(site: Site) -> tuple[str, str]:
@@ -23,22 +26,22 @@ def bias_key(resolution: Resolution, name: str) -> str:
     return keys.bias(path, adapted=any(site.path == path for site in resolution.sites))
 
 
-def expected_shapes(model: nn.Module, resolution: Resolution) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a file of this adapter must hold, and its shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def expected_tensors(model: nn.Module, resolution: Resolution) -> dict[str, Expected]:
+    """Every tensor that a file of this adapter must hold."""
+    expected: dict[str, Expected] = {}
     for site in resolution.sites:
         out_features, in_features = site.shape
         key_A, key_B = factor_keys(site)
-        shapes[key_A] = (site.rank, in_features)
-        shapes[key_B] = (out_features, site.rank)
+        expected[key_A] = Expected((site.rank, in_features))
+        expected[key_B] = Expected((out_features, site.rank))
         if site.dora:
-            shapes[keys.magnitude(site.path)] = (out_features,)
+            expected[keys.magnitude(site.path)] = Expected((out_features,))
     for path in resolution.saved:
-        for name, parameter in original_parameters(model.get_submodule(path)):
-            shapes[keys.saved(path, name)] = tuple(parameter.shape)
+        for name, value in original_state(model.get_submodule(path)).items():
+            expected[keys.saved(path, name)] = Expected(tuple(value.shape), value.is_floating_point())
     for name in resolution.biases:
-        shapes[bias_key(resolution, name)] = tuple(model.get_parameter(name).shape)
-    return shapes
+        expected[bias_key(resolution, name)] = Expected(tuple(model.get_parameter(name).shape))
+    return expected
 
 
 def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | None]:
@@ -47,10 +50,12 @@ def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | N
     Those with None repeat another tensor of the file.
     """
     repeated: dict[str, str | None] = {}
+    for path in embeddings(model):
+        repeated[keys.saved(path, "weight")] = f"{path}.weight"
     for site in resolution.sites:
         repeated[keys.base_weight(site.path)] = f"{site.path}.weight"
     for path in resolution.saved:
-        for name, _ in original_parameters(model.get_submodule(path)):
+        for name in original_state(model.get_submodule(path)):
             copied, original = keys.inside_saved(path, name)
             repeated[copied] = None
             repeated[original] = f"{path}.{name}"
@@ -59,8 +64,7 @@ def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | N
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The values of adapter `name` by their names in an adapter file: the tensors themselves, not copies."""
-    overlay = overlay_of(model)
-    assert overlay is not None
+    overlay = overlay_needed(model)
     resolution = overlay.resolutions[name]
     sites = {site.path: site for site in resolution.sites}
     tensors: dict[str, Tensor] = {}
@@ -72,18 +76,37 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         if adapter.lora_magnitude is not None:
             tensors[keys.magnitude(path)] = adapter.lora_magnitude.detach()
     for path, module in saved_modules(model, name):
-        for parameter_name, parameter in module.modules_to_save[name].named_parameters():
-            tensors[keys.saved(path, parameter_name)] = parameter.detach()
+        for inner, value in module.modules_to_save[name].state_dict().items():
+            tensors[keys.saved(path, inner)] = value
     if name in overlay.biases:
-        for parameter_name, value in overlay.biases[name].trained().items():
+        for parameter_name, value in overlay.biases[name].trained(model).items():
             tensors[bias_key(resolution, parameter_name)] = value
     return tensors
 
 
+def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of adapter `name` out of a state dict of the model, by their names in an adapter file.
+
+    The names may begin with `base_model.model.`, as those of a PeftModel do.
+    """
+    overlay = overlay_needed(model)
+    resolution = overlay.resolutions[name]
+    plain = {key.removeprefix(keys.PREFIX): value for key, value in state.items()}
+    names: dict[str, str] = {}
+    for site in resolution.sites:
+        key_A, key_B = factor_keys(site)
+        names[key_A] = f"{site.path}.{attach.CHILD}.{name}.lora_A"
+        names[key_B] = f"{site.path}.{attach.CHILD}.{name}.lora_B"
+        names[keys.magnitude(site.path)] = f"{site.path}.{attach.CHILD}.{name}.lora_magnitude"
+    for path in resolution.saved:
+        for inner in original_state(model.get_submodule(path)):
+            names[keys.saved(path, inner)] = f"{path}.{saved_module.CHILD}.{name}.{inner}"
+    names |= {bias_key(resolution, bias): bias for bias in resolution.biases}
+    return {key: plain[in_model] for key, in_model in names.items() if in_model in plain}
+
+
 def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy checked values, by their names in an adapter file, into an adapter that is on the model."""
-    overlay = overlay_of(model)
-    assert overlay is not None
     with torch.no_grad():
         for key, value in adapter_tensors(model, name).items():
             value.copy_(tensors[key])

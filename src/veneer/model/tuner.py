@@ -1,21 +1,13 @@
-"""LoraModel: adapters over one model, under PEFT's method names. Knows no files and no tasks."""
+"""LoraModel: the middle one of PEFT's three models, `peft_model.base_model`."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Generator, nn
+from torch import nn
 
-from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError, VeneerWarning
-from veneer.model import merge
-from veneer.model.apply import activate, add_adapter, follow_route, protect_checkpointing, remove_adapter, set_enabled
-from veneer.model.overlay import Overlay, overlay_of
-from veneer.model.pretrained import note_untied_head
+from veneer.model.methods import AdapterMethods
 
 
-class LoraModel(nn.Module):
+class LoraModel(AdapterMethods):
     """A model with adapters laid over it. `model` is the user's own, changed in place; unknown attributes are its."""
 
     prefix = "lora_"
@@ -23,6 +15,11 @@ class LoraModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def bare(self) -> nn.Module:
+        """The user's own model."""
+        return self.model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, with the active adapters."""
@@ -35,142 +32,3 @@ class LoraModel(nn.Module):
             if name == "model":  # not built yet, as while unpickling
                 raise
             return getattr(self.model, name)
-
-    @property
-    def _overlay(self) -> Overlay:
-        return overlay_of(self.model) or Overlay()
-
-    @property
-    def peft_config(self) -> dict[str, LoraConfig]:
-        """The configs of the adapters, by name."""
-        return self._overlay.configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the adapters that act, in order."""
-        return list(self._overlay.route.active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The name of the adapter that acts, or a list if it is not just one."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: LoraConfig,
-        *,
-        autocast_adapter_dtype: bool = True,
-        generator: Generator | None = None,
-    ) -> None:
-        """Attach a new adapter; the first one becomes active, later ones wait for `set_adapter`.
-
-        autocast_adapter_dtype  keep it in float32 over a half-precision base
-        generator               where its random numbers come from
-
-        Raises AdapterNameError, ConfigError, TargetError or AttachError, and then nothing has changed.
-        """
-        add_adapter(self.model, adapter_name, peft_config, float32=autocast_adapter_dtype, generator=generator)
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Let one adapter act, or several in order; the others rest. Merged ones are unmerged first.
-
-        inference_mode  freeze what becomes active
-
-        An adapter that was loaded frozen stays frozen; `set_requires_grad` changes that. Raises AdapterNameError.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._overlay.check_names(names)
-        if self._overlay.route.merged:
-            self.unmerge_adapter()
-        if inference_mode:
-            self.set_requires_grad(names, False)
-        activate(self.model, names)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Say whether adapters train while they are active. Raises AdapterNameError."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._overlay.check_names(names)
-        for name in names:
-            self._overlay.trainable[name] = requires_grad
-        follow_route(self.model, self._overlay)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the only active one, the first that is left becomes active.
-
-        Raises AdapterNameError, or MergeError while an adapter is merged.
-        """
-        remove_adapter(self.model, adapter_name)
-        left = list(self._overlay.configs)
-        if left and not self.active_adapters:
-            warnings.warn(f"Adapter {adapter_name!r} was active; now {left[0]!r} is.", VeneerWarning, stacklevel=3)
-            activate(self.model, left[:1])
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is the base model, also if adapters are merged or biases were trained."""
-        overlay = self._overlay
-        enabled, merged = overlay.route.enabled, overlay.route.merged
-        if merged:
-            merge.unmerge(self.model)
-        if overlay.configs:
-            set_enabled(self.model, False)
-        try:
-            yield
-        finally:
-            if overlay.configs:
-                set_enabled(self.model, enabled)
-            if merged:
-                merge.merge(self.model, merged)
-
-    def disable_adapter_layers(self) -> None:
-        """Let no adapter act until `enable_adapter_layers`."""
-        set_enabled(self.model, False)
-
-    def enable_adapter_layers(self) -> None:
-        """Let the active adapters act again."""
-        set_enabled(self.model, True)
-
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (the active ones, unless named) into the weights until `unmerge_adapter`.
-
-        safe_merge is there for PEFT's callers: every merge checks first that all results are finite.
-        Raises AdapterNameError or MergeError, and then nothing has changed.
-        """
-        merge.merge(self.model, adapter_names)
-
-    def unmerge_adapter(self) -> None:
-        """Put the base weights back, bit for bit. Raises MergeError if nothing is merged."""
-        merge.unmerge(self.model)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """Fold adapters into the weights for good; returns the plain model, with nothing of Veneer on it.
-
-        progressbar and safe_merge are there for PEFT's callers. Raises AdapterNameError or MergeError.
-        """
-        self._refuse_without_adapters("merge")
-        model = merge.merge_and_remove(self.model, adapter_names)
-        note_untied_head(model)
-        return model
-
-    def unload(self) -> nn.Module:
-        """Take every adapter off; returns the plain model, as it was before the first adapter."""
-        self._refuse_without_adapters("unload")
-        return merge.remove_all(self.model)
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, such that recomputation uses the adapters of forward time."""
-        enable: Callable[..., None] = self.model.activation_checkpointing_enable  # type: ignore[assignment]
-        enable(*args, **kwargs)
-        protect_checkpointing(self.model)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def _refuse_without_adapters(self, what: str) -> None:
-        if not self.peft_config:
-            raise AdapterNameError(f"There is nothing to {what}: the model has no adapter.")

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,25 +71,33 @@ def read_weights_header(folder: Path) -> Header:
     return read_header(file)
 
 
-def check_header(folder: Path, header: Header, expected: Mapping[str, tuple[int, ...]], ignore: Iterable[str]) -> None:
-    """Compare a file with what the model needs: every tensor there, none besides, shapes equal, floating point.
+@dataclass(frozen=True)
+class Expected:
+    """What a tensor of the file must be like. Counters, as batch norm has one, are not floating point."""
+
+    shape: tuple[int, ...]
+    floating: bool = True
+
+
+def check_header(folder: Path, header: Header, expected: Mapping[str, Expected], ignore: Iterable[str]) -> None:
+    """Compare a file with what the model needs: every tensor there, none besides, shapes and kinds of number equal.
 
     `ignore` lists names that may be there and are not used. Raises AdapterFileError that lists every difference.
     """
     file = Path(folder) / WEIGHTS_FILE
     unused = set(ignore)
-    missing = [f"missing      {name} {list(shape)}" for name, shape in expected.items() if name not in header.tensors]
+    missing = [f"missing      {name} {list(e.shape)}" for name, e in expected.items() if name not in header.tensors]
     extra = [
         f"not expected {name} {list(info.shape)}"
         for name, info in header.tensors.items()
         if name not in expected and name not in unused
     ]
     wrong = []
-    for name, shape in expected.items():
+    for name, needed in expected.items():
         info = header.tensors.get(name)
-        if info is not None and info.shape != shape:
-            wrong.append(f"wrong shape  {name} {list(info.shape)}, the model needs {list(shape)}")
-        if info is not None and info.dtype not in FLOATS:
+        if info is not None and info.shape != needed.shape:
+            wrong.append(f"wrong shape  {name} {list(info.shape)}, the model needs {list(needed.shape)}")
+        if info is not None and needed.floating and info.dtype not in FLOATS:
             wrong.append(f"wrong dtype  {name} is {info.dtype}; adapters are floating point ({', '.join(FLOATS)})")
     problems = [line for kind in (missing, extra, wrong) for line in _shortened(kind)]
     if problems:

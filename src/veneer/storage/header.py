@@ -47,10 +47,10 @@ def read_header(file: Path) -> Header:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            start = stream.read(8)
-            _refuse_impostors(file, start + stream.read(56))
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            start = stream.read(64)
+            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8) or start[8:9] != b"{":
+                _refuse_impostors(file, start)
                 raise AdapterFileError(
                     f"{file} is damaged: it says its header has {length:,} bytes, the file has {size:,}. "
                     "Copy or download it again."

@@ -54,7 +54,7 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
     chosen = _excluded(structure, config, _targeted(structure, config, saved, findings), findings)
     paths = in_layers(config, chosen, findings)
     _check_patterns(config, paths, findings)
-    _check_layers(structure, config, paths, findings)
+    _check_layers(structure, config, paths, saved, findings)
     biases = _biases(structure, config, paths, saved)
     if config.bias != "none" and not biases:
         findings.idle.append(f"bias={config.bias!r}: there is no bias to train; leave it out")
@@ -89,7 +89,7 @@ def _targeted(structure: Structure, config: LoraConfig, saved: list[str], findin
                 explain_unmatched("target_modules", name, structure.layers, is_pattern=isinstance(target, str))
             )
         elif all(inside(path, saved) for path in mine):
-            findings.wrong.append(f"target_modules: {name!r} means only modules that modules_to_save trains in full")
+            findings.idle.append(f"target_modules: {name!r} means only modules that modules_to_save trains in full")
     return [path for path in found if not inside(path, saved)]
 
 
@@ -122,12 +122,17 @@ def _check_patterns(config: LoraConfig, paths: list[str], findings: Findings) ->
             free = [path for path in free if path not in set(mine)]
 
 
-def _check_layers(structure: Structure, config: LoraConfig, paths: list[str], findings: Findings) -> None:
+def _check_layers(
+    structure: Structure, config: LoraConfig, paths: list[str], saved: list[str], findings: Findings
+) -> None:
     refused: dict[str, list[str]] = {}
     for path in paths:
         if reason := structure.refusal(path):
             refused.setdefault(reason, []).append(path)
     findings.wrong.extend(f"target_modules: {some(those)} cannot be adapted: {why}" for why, those in refused.items())
+    for path in saved:
+        if owner := structure.readers.get(path):
+            findings.wrong.append(f"modules_to_save: {path} cannot be trained in full: {owner}")
     if config.fan_in_fan_out and paths and not findings.wrong:
         kinds = {kind.name for path in paths if (kind := kind_of(structure.modules[path]))}
         if "conv1d" not in kinds:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.layers.adapter import Adapter
-from veneer.layers.attach import Adapters, base_class
-from veneer.layers.kinds import kind_of
+from veneer.layers.attach import Adapters
+from veneer.layers.kinds import class_name, kind_of
 from veneer.layers.saved_module import Copies
+from veneer.layers.swap import base_class
+from veneer.targets.readers import READERS
+
+_GETTERS = ("get_input_embeddings", "get_output_embeddings")
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,9 @@ def structure_of(model: nn.Module) -> Structure:
     head = _output_head(model)
     linear = [path for path in layers if modules[path] is not head and is_linear(modules[path])]
     readers = {
-        path: "its MultiheadAttention reads its weight without calling it, so an adapter there would be ignored; "
-        "exclude it with exclude_modules"
-        for path, module in modules.items()
-        if isinstance(modules.get(path.rpartition(".")[0], model), nn.MultiheadAttention)
+        path: f"{owner} reads its weight without calling it, so it would be ignored; use exclude_modules"
+        for path in modules
+        if (owner := _reader(model, modules, path))
     }
     return Structure(base_class(model).__name__, modules, layers, linear, readers)
 
@@ -63,6 +66,25 @@ def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             skipped.append(f"{path}.")
         elif path and not path.startswith(tuple(skipped)):
             yield path, module
+
+
+def _reader(model: nn.Module, modules: dict[str, nn.Module], path: str) -> str | None:
+    """The class that reads the weights of this module, of its parent or of one further up; None if none does."""
+    child = path
+    while child:
+        parent, _, name = child.rpartition(".")
+        for cls in type(modules.get(parent, model)).__mro__:
+            children = READERS.get(class_name(cls), ())
+            if children is None or name in children:
+                return cls.__name__
+        child = parent
+    return None
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    """Paths of the input embedding and the output head, where the model says which they are."""
+    found = [getter() for getter in (getattr(model, name, None) for name in _GETTERS) if getter is not None]
+    return [path for path, module in _bare_modules(model) if any(module is one for one in found)]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """What a command may write over."""
 
+import os
+import tempfile
 from pathlib import Path
 
 from veneer.errors import RunError
@@ -8,6 +10,23 @@ from veneer.errors import RunError
 def is_empty(folder: Path) -> bool:
     """Whether nothing would be lost by writing there: no such folder, or nothing in it."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise RunError if a folder cannot be made, or written to if it is there. Leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to: {error.strerror or error}.") from None
+    finally:
+        for path in reversed(made):
+            path.rmdir()
 
 
 def refuse_non_empty(folder: Path, *, hint: str) -> None:

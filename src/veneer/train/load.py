@@ -76,6 +76,11 @@ def torch_dtype(dtype: Dtype) -> "torch.dtype | str":
     return table[dtype]
 
 
+def positions(model: Any) -> int | None:
+    """How many tokens a model can read at once; None where its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def device() -> "torch.device":
     """Where to run a model: the accelerator if there is one."""
     import torch

@@ -4,37 +4,47 @@ OUTPUT/adapter/       the result: adapter_config.json, adapter_model.safetensors
 OUTPUT/log.jsonl      loss, learning rate, gradient norm and speed, one line a step
 OUTPUT/loss.png       where matplotlib is installed
 OUTPUT/run.yaml       the settings, defaults written out
+OUTPUT/data.json      how many rows the data files held, and their checksums
 OUTPUT/checkpoints/   where training.save_every asks for them
 """
 
-import json
-import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from veneer.errors import RunError
-from veneer.storage.write import write_file, write_folder
-from veneer.train.data import Row, read_rows
-from veneer.train.folders import is_empty, refuse_non_empty
+from veneer.storage.write import write_folder
+from veneer.train.build import build_trainer
+from veneer.train.folders import is_empty, refuse_non_empty, refuse_unwritable
 from veneer.train.load import load_model, load_tokenizer
 from veneer.train.packages import has, require
 from veneer.train.progress import Progress
 from veneer.train.quiet import quiet
+from veneer.train.resume import (
+    CHECKPOINTS,
+    LOG_FILE,
+    Fingerprint,
+    Stopped,
+    fingerprint,
+    newest_checkpoint,
+    refuse_changes,
+    step_of,
+    trim_log,
+    what_is_kept,
+    write_record,
+)
+from veneer.train.sets import read_sets, tokenise_sets
 from veneer.train.settings import RunConfig
-from veneer.train.tokens import Tokens, stop_ids, tokenise
+from veneer.train.tokens import Tokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from trl.trainer.sft_config import SFTConfig
 
     from veneer.train.trainer import VeneerSFTTrainer
-    from veneer.train.watch import Meter
-
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +66,23 @@ class Result:
 def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
     """Train an adapter as the settings say and write OUTPUT/adapter.
 
-    The adapter folder appears complete or not at all; one that is there stays until a new one is finished.
+    Nothing is written or deleted before the rows, the model and the adapter are known to fit. The adapter folder
+    appears complete or not at all; one that is there stays until a new one is finished.
     Raises RunError (settings, model or output folder, or a loss that is no longer a number), DataError (rows),
-    ConfigError and TargetError (the adapter).
+    ConfigError and TargetError (the adapter), and Stopped, a KeyboardInterrupt that says what was kept.
     """
     require("train")
     progress = progress or Progress()
     output = Path(settings.output).expanduser()
-    checkpoint = _prepare_output(output, settings)
-    rows, eval_rows = _split(read_rows(Path(settings.data.train)), settings)
+    checkpoint = _check_output(output, settings)
+    sets = read_sets(settings)
+    record = fingerprint(settings, sets.counts)
+    if checkpoint:
+        refuse_changes(output, settings, record)
     with quiet():
         tokenizer = load_tokenizer(settings.model, revision=settings.revision)
         model = load_model(settings.model, revision=settings.revision, dtype=settings.dtype)
-        stops = stop_ids(model, tokenizer)
-        data, eval_data = (
-            tokenise(
-                part, tokenizer, stops=stops, max_length=settings.training.max_length, too_long=settings.data.too_long
-            )
-            for part in (rows, eval_rows)
-        )
+        data, eval_data = tokenise_sets(sets, model, tokenizer, settings)
         for note in [*data.notes(), *eval_data.notes()]:
             progress.say(f"Note: {note}")
         trainable, total = _attach(model, settings)
@@ -82,50 +90,23 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
             f"{len(data.examples)} rows, {data.total:,} tokens of which {data.learned:,} are learned; "
             f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)"
         )
-        return _fit(model, tokenizer, data, eval_data, settings, checkpoint, progress, (trainable, total))
+        return _fit(model, tokenizer, (data, eval_data), settings, record, checkpoint, progress)
 
 
-def _prepare_output(output: Path, settings: RunConfig) -> Path | None:
-    """The checkpoint to resume from, or None; RunError if something in the way would be lost."""
+def _check_output(output: Path, settings: RunConfig) -> Path | None:
+    """The checkpoint to go on from, or None; RunError if the folder cannot be made or holds what would be lost."""
+    refuse_unwritable(output)
     if settings.training.resume:
-        return newest_checkpoint(output / "checkpoints")
+        checkpoint = newest_checkpoint(output / CHECKPOINTS)
+        if settings.training.max_steps is not None and step_of(checkpoint) > settings.training.max_steps:
+            raise RunError(f"{checkpoint} is past training.max_steps={settings.training.max_steps}.")
+        return checkpoint
     if not settings.overwrite:
         refuse_non_empty(
             output,
             hint="Say overwrite=true to start anew, training.resume=true to go on, or output=… for another folder.",
         )
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    (output / "log.jsonl").unlink(missing_ok=True)
     return None
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint with the highest step that was written to its end; RunError if there is none."""
-    numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in numbered:
-        if all((path / name).is_file() for name in CHECKPOINT_FILES) and _is_json(path / "trainer_state.json"):
-            return path
-    found = f"{len(numbered)} checkpoints, none complete" if numbered else "no checkpoint"
-    raise RunError(f"training.resume=true found {found} in {folder}. Set training.save_every, or start without resume.")
-
-
-def _is_json(file: Path) -> bool:
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
-
-
-def _split(rows: list[Row], settings: RunConfig) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows: from two files, or a share drawn with the seed."""
-    if settings.data.eval is not None:
-        return rows, read_rows(Path(settings.data.eval))
-    count = round(len(rows) * settings.data.eval_fraction)
-    if settings.data.eval_fraction and not 0 < count < len(rows):
-        raise RunError(f"data.eval_fraction={settings.data.eval_fraction} of {len(rows)} rows leaves one part empty.")
-    chosen = set(random.Random(settings.training.seed).sample(range(len(rows)), count))
-    return [row for at, row in enumerate(rows) if at not in chosen], [rows[at] for at in sorted(chosen)]
 
 
 def _attach(model: "PreTrainedModel", settings: RunConfig) -> tuple[int, int]:
@@ -143,134 +124,89 @@ def _attach(model: "PreTrainedModel", settings: RunConfig) -> tuple[int, int]:
 def _fit(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    data: Tokens,
-    eval_data: Tokens,
+    data: tuple[Tokens, Tokens],
     settings: RunConfig,
+    record: Fingerprint,
     checkpoint: Path | None,
     progress: Progress,
-    counts: tuple[int, int],
 ) -> Result:
     from veneer.train.watch import Meter
 
     output = Path(settings.output).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
-    _write_settings(settings, output / "run.yaml")
+    log_file, checkpoints = output / LOG_FILE, output / CHECKPOINTS
     meter = Meter()
-    trainer = _trainer(model, tokenizer, data, eval_data, settings, progress, meter)
+    trainer = build_trainer(
+        model, tokenizer, *data, settings, log_file=log_file, checkpoints=checkpoints, progress=progress, meter=meter
+    )
+    before = _trained(model)
+    _make_room(output, checkpoint)
+    write_record(output, settings, record)
     begun = time.monotonic()
     if checkpoint:
         progress.say(f"Going on from {checkpoint}")
-    with progress.bar("Training"):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _run(trainer, settings, checkpoint, progress)
     seconds = time.monotonic() - begun
     history = trainer.state.log_history
     losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
     eval_losses = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    adapter_dir = _save(model, tokenizer, output)
-    if is_empty(output / "checkpoints"):
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Result(
-        adapter_dir=adapter_dir,
-        log_file=output / "log.jsonl",
+        adapter_dir=_save(model, tokenizer, output, before),
+        log_file=log_file,
         plot=_plot(losses, eval_losses, output / "loss.png", progress),
         losses=losses,
         eval_losses=eval_losses,
         steps=trainer.state.global_step,
         seconds=seconds,
         tokens=meter.tokens,
-        trainable=counts[0],
-        total=counts[1],
+        trainable=sum(n for n, trained in counts if trained),
+        total=sum(n for n, _ in counts),
     )
 
 
-def _trainer(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    data: Tokens,
-    eval_data: Tokens,
-    settings: RunConfig,
-    progress: Progress,
-    meter: "Meter",
-) -> "VeneerSFTTrainer":
-    from transformers import PrinterCallback
-
-    from veneer.train.load import device
-    from veneer.train.trainer import VeneerSFTTrainer
-    from veneer.train.watch import FiniteGradients, LogFile, Show
-
-    output = Path(settings.output).expanduser()
-    trainer = VeneerSFTTrainer(
-        model=model,
-        args=_arguments(settings, output / "checkpoints", evaluates=bool(eval_data.examples)),
-        train_dataset=_dataset(data),
-        eval_dataset=_dataset(eval_data) if eval_data.examples else None,
-        processing_class=tokenizer,
-        callbacks=[FiniteGradients(), LogFile(output / "log.jsonl", meter), Show(progress, meter)],
-        meter=meter,
-        through_head=device().type == "cpu" or _head_is_trained(model),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _make_room(output: Path, checkpoint: Path | None) -> None:
+    """Remove what an earlier run left that this one does not go on with."""
+    if checkpoint:
+        trim_log(output / LOG_FILE, step_of(checkpoint))
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    (output / LOG_FILE).unlink(missing_ok=True)
 
 
-def _head_is_trained(model: "PreTrainedModel") -> bool:
-    head: Any = model.get_output_embeddings()
-    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
+def _run(trainer: "VeneerSFTTrainer", settings: RunConfig, checkpoint: Path | None, progress: Progress) -> None:
+    """Train; Stopped, with what was kept, if the user interrupts. No empty checkpoint folder stays behind."""
+    checkpoints = Path(settings.output).expanduser() / CHECKPOINTS
+    try:
+        with progress.bar("Training"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        state = trainer.state
+        where = f"Stopped at step {state.global_step}/{state.max_steps}." if state.max_steps else "Stopped."
+        raise Stopped(f"{where} {what_is_kept(settings)}") from None
+    finally:
+        if is_empty(checkpoints):
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _dataset(tokens: Tokens) -> Any:
-    from datasets import Dataset
-
-    columns = {
-        "input_ids": [example.input_ids for example in tokens.examples],
-        "labels": [example.labels for example in tokens.examples],
-    }
-    return Dataset.from_dict(columns)
+def _trained(model: "PreTrainedModel") -> dict[str, "Tensor"]:
+    """Copies of what is trained, in main memory, to tell afterwards whether training did anything."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConfig":
-    """TRL's arguments. Rows come tokenised and cut, so max_length is given only where it is the size of a pack."""
-    import torch
-    from trl.trainer.sft_config import SFTConfig
-
-    run = settings.training
-    return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=run.epochs or 1,
-        max_steps=run.max_steps or -1,
-        per_device_train_batch_size=run.batch_size,
-        per_device_eval_batch_size=run.batch_size,
-        gradient_accumulation_steps=run.gradient_accumulation,
-        learning_rate=run.learning_rate,
-        lr_scheduler_type=run.schedule,
-        warmup_steps=run.warmup,
-        weight_decay=run.weight_decay,
-        max_grad_norm=run.max_grad_norm,
-        max_length=run.max_length if run.packing else None,
-        packing=run.packing,
-        activation_checkpointing=run.gradient_checkpointing,
-        seed=run.seed,
-        logging_steps=run.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy=("steps" if run.eval_every else "epoch") if evaluates else "no",
-        eval_steps=run.eval_every,
-        prediction_loss_only=True,
-        save_strategy="steps" if run.save_every else "no",
-        save_steps=run.save_every or 500,
-        save_total_limit=run.keep_checkpoints,
-        bf16=False,  # the model is loaded in its dtype already; autocast on top would only slow it
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", output: Path) -> Path:
-    """Write the adapter and its tokenizer, once all its numbers are known to be finite."""
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+def _save(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", output: Path, before: Mapping[str, "Tensor"]
+) -> Path:
+    """Write the adapter and its tokenizer, once its numbers are known to be finite and not those it began with."""
+    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    broken = [name for name, p in after.items() if not p.isfinite().all()]
     if broken:
         raise RunError(f"{len(broken)} trained tensors hold numbers that are not finite, first {broken[0]}: not saved.")
+    if all(p.detach().cpu().equal(before[name]) for name, p in after.items()):
+        raise RunError(
+            f"Training changed nothing: all {len(after)} trained tensors are as they were, so no adapter was written.\n"
+            "  Try a larger training.learning_rate, or more steps."
+        )
 
     def fill(stage: Path) -> None:
         model.save_pretrained(str(stage))
@@ -278,13 +214,6 @@ def _save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", output
 
     write_folder(output / "adapter", fill)
     return output / "adapter"
-
-
-def _write_settings(settings: RunConfig, path: Path) -> None:
-    import yaml
-
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_file(path, text.encode())
 
 
 def _plot(

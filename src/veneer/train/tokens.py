@@ -53,7 +53,7 @@ class Tokens:
     def notes(self) -> list[str]:
         """A sentence for each thing that happened to rows on the way; empty if all were used whole."""
         texts = {"dropped, as longer than training.max_length": self.dropped, "cut at training.max_length": self.cut}
-        return [f"{_count(places)} {what}: {_some(places)}" for what, places in texts.items() if places]
+        return [f"{count_rows(places)} {what}: {some_of(places)}" for what, places in texts.items() if places]
 
 
 def stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -89,6 +89,8 @@ def tokenise(
             "The data has 'messages', but the model's tokenizer has no chat template to render them with.\n"
             "  Use an instruct model, or rows of 'prompt' and 'completion'."
         )
+    if not rows:
+        return Tokens([])
     whole = [example for row in rows for example in _examples(row, tokenizer, set(stops))]
     _refuse_unusable(whole, max_length, too_long)
     fits = [example for example in whole if len(example.input_ids) <= max_length]
@@ -109,8 +111,8 @@ def _refuse_unusable(examples: Sequence[Example], max_length: int, too_long: Too
     if too_long == "error":
         raise DataError(
             bullet_list(
-                f"{_count([e.place for e in long])} longer than training.max_length={max_length} tokens: "
-                f"{_some([e.place for e in long])}.",
+                f"{count_rows([e.place for e in long])} longer than training.max_length={max_length} tokens: "
+                f"{some_of([e.place for e in long])}.",
                 [
                     f"training.max_length={longest} keeps all of them whole",
                     "data.too_long=drop leaves them out",
@@ -122,18 +124,24 @@ def _refuse_unusable(examples: Sequence[Example], max_length: int, too_long: Too
     if empty:
         raise DataError(
             bullet_list(
-                f"{_count(empty)} with a prompt that alone fills training.max_length={max_length} tokens, so nothing "
-                f"to learn would be left: {_some(empty)}.",
+                f"{count_rows(empty)} with a prompt that alone fills training.max_length={max_length} tokens, so nothing "
+                f"to learn would be left: {some_of(empty)}.",
                 [f"training.max_length={longest} keeps all of them whole", "data.too_long=drop leaves long rows out"],
             )
         )
 
 
-def _count(places: Sequence[str]) -> str:
+def count_rows(places: Sequence[str]) -> str:
+    """How many rows these are.
+
+    >>> count_rows(["line 3"])
+    '1 row'
+    """
     return "1 row" if len(places) == 1 else f"{len(places)} rows"
 
 
-def _some(places: Sequence[str]) -> str:
+def some_of(places: Sequence[str]) -> str:
+    """The first places, and how many there are besides."""
     shown = ", ".join(places[:SHOWN_PROBLEMS])
     return shown if len(places) <= SHOWN_PROBLEMS else f"{shown} and {len(places) - SHOWN_PROBLEMS} more"
 

@@ -1,5 +1,6 @@
 """SFTTrainer with our loss where it matters, our resume, and no telemetry."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from trl.trainer.sft_trainer import SFTTrainer
 
 from veneer.integrations.transformers import LoraTrainerMixin
+from veneer.train.schedule import Schedule, scheduler
 from veneer.train.tokens import IGNORED
 from veneer.train.watch import Meter, not_finite
 
@@ -15,14 +17,28 @@ class VeneerSFTTrainer(LoraTrainerMixin, SFTTrainer):
     """Trains the adapters of a model on token ids and labels.
 
     meter           counts the tokens read
+    schedule, warmup   as in run.yaml: how the learning rate goes, see schedule.py
     through_head    True: the loss comes from the logits the model itself computes, in the columns of the batch that
                     hold a label. False: TRL's, which multiplies by `lm_head.weight` itself. The first is right for an
                     adapted output head, which TRL would pass by, and faster on a CPU, where TRL scores every token.
     """
 
-    def __init__(self, *args: Any, meter: Meter, through_head: bool, **kwargs: Any):
+    def __init__(
+        self, *args: Any, meter: Meter, through_head: bool, schedule: Schedule, warmup: float, **kwargs: Any
+    ):
         self.meter, self.through_head = meter, through_head
+        self.schedule, self.warmup = schedule, warmup
+        self._eval_loss, self._eval_tokens = 0.0, 0
         super().__init__(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Ours, in which no step has a learning rate of 0."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = scheduler(
+                optimizer or self.optimizer, self.schedule, warmup=self.warmup, steps=num_training_steps
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
@@ -36,8 +52,25 @@ class VeneerSFTTrainer(LoraTrainerMixin, SFTTrainer):
         self.meter.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
-            raise not_finite("loss", self.state.global_step + 1)
+            raise not_finite("loss", self.state.global_step + 1, Path(str(self.args.output_dir)))
         return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss per learned token of the whole set; Trainer's own is a mean of the batches' means."""
+        self._eval_loss, self._eval_tokens = 0.0, 0
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        (name,) = [name for name in output.metrics if name.endswith("_loss")]
+        output.metrics[name] = self._eval_loss / self._eval_tokens
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch, added up for `evaluation_loop`."""
+        learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        self._eval_loss += float(found[0]) * learned
+        self._eval_tokens += learned
+        return found
 
     def compute_loss(
         self,

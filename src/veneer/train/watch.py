@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from veneer.errors import RunError
 from veneer.train.progress import Progress, Step
+from veneer.train.resume import complete_checkpoints, step_of
 
 
 @dataclass
@@ -31,12 +32,13 @@ class Meter:
         return self.tokens / max(self.seconds, 1e-9)
 
 
-def not_finite(what: str, step: int) -> RunError:
+def not_finite(what: str, step: int, checkpoints: Path) -> RunError:
     """The error for a loss or gradient that is NaN or infinite in the given step."""
+    kept = complete_checkpoints(checkpoints)
     return RunError(
         f"The {what} is not a finite number at step {step}, so training stopped; no adapter was written.\n"
-        f"  Try a smaller training.learning_rate, a smaller training.max_grad_norm or dtype=float32,\n"
-        f"  or go on from the last checkpoint with training.resume=true."
+        f"  Try a smaller training.learning_rate, a smaller training.max_grad_norm or dtype=float32."
+        + (f"\n  The adapter of step {step_of(kept[-1])} is kept: {kept[-1]}" if kept else "")
     )
 
 
@@ -49,7 +51,24 @@ class FiniteGradients(TrainerCallback):
         """Raise RunError if any gradient is not finite."""
         gradients = [p.grad for p in rest["model"].parameters() if p.grad is not None]
         if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise not_finite("gradient", state.global_step + 1)
+            raise not_finite("gradient", state.global_step + 1, Path(str(args.output_dir)))
+
+
+class LastStep(TrainerCallback):
+    """Logs the last step, and evaluates after it, whatever training.log_every and eval_every are."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        """Follow this run's settings: a checkpoint brings those of the run that wrote it."""
+        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
+        state.eval_steps = int(args.eval_steps or args.logging_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        """Ask for both at the last step."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS
 
 
 class LogFile(TrainerCallback):

@@ -1,9 +1,8 @@
 """transformers' `Conv1D` (GPT-2): a linear layer that stores its weight as (I, O). Shapes: I in, O out, R rank."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.functional import lowrank
+from veneer.layers.kinds import linear
 from veneer.layers.kinds.kind import Kind, Layer
 
 
@@ -11,19 +10,10 @@ def _dims(layer: Layer) -> tuple[int, int]:
     return layer.weight.shape[1], layer.weight.shape[0]
 
 
-def _update(layer: Layer, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
-    return lowrank.update_linear(F.dropout(x, p), A_RI, B_OR, scale)
-
-
 def _base_update(
     layer: Layer, x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, p: float
 ) -> tuple[Tensor, Tensor]:
-    if p == 0:
-        base = y - layer.bias
-    else:
-        x = F.dropout(x, p)
-        base = F.linear(x, layer.weight.T.to(x.dtype))
-    return base, lowrank.update_linear(x, A_RI, B_OR, scale)
+    return linear.base_update(layer, x, y, A_RI, B_OR, scale, p, W_OI=layer.weight.T)
 
 
 def _transpose(W: Tensor) -> Tensor:
@@ -33,7 +23,7 @@ def _transpose(W: Tensor) -> Tensor:
 CONV1D = Kind(
     name="conv1d",
     dims=_dims,
-    update=_update,
+    update=linear.update,
     base_update=_base_update,
     to_matrix=_transpose,
     from_matrix=_transpose,

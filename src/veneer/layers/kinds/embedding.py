@@ -37,6 +37,8 @@ def _transpose(W: Tensor) -> Tensor:
 def _refuse(layer: Layer) -> str | None:
     if layer.max_norm is not None:
         return "its max_norm rewrites the weight in every forward pass, which is not available yet"
+    if layer.scale_grad_by_freq:
+        return "its scale_grad_by_freq scales gradients by how often a token occurs, which is not available yet"
     owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls) and issubclass(cls, nn.Embedding))
     if owner is not nn.Embedding:
         return f"{owner.__name__} computes more than a look-up (a scale, say), which is not available yet"

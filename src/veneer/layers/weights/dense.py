@@ -10,7 +10,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _holds(layer: Layer) -> bool:
-    return type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.dtype in _DTYPES
+    weight = layer._parameters.get("weight")  # not there if it is computed, as under weight norm
+    return type(weight) is nn.Parameter and weight.dtype in _DTYPES
 
 
 def _read(layer: Layer) -> Tensor:

@@ -1,0 +1,88 @@
+"""Change what a module is, and change it back: swap its class for one made on the fly in front of it.
+
+`front` is what is placed there, `base` what the module was: `class LoraLinear(Adapted, Linear)`.
+"""
+
+from functools import cache
+from types import MethodType
+from typing import Any, ClassVar
+
+from torch import nn
+
+from veneer.errors import AttachError
+from veneer.layers.kinds import Layer
+
+
+class Front(nn.Module):
+    """Placed in front of a module's class. Never made by itself.
+
+    word  what the made class's name begins with
+    """
+
+    word: ClassVar[str] = ""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # A class made on the fly has no importable name: make it again from its two halves.
+        made, front = type(self), front_of(self)
+        assert front is not None
+        if made is not made_class(front, base_class(self)):
+            raise AttachError(f"{made.__name__} cannot be copied: its class was changed again after the adapter's.")
+        return _rebuild, (front, base_class(self)), self.__dict__
+
+
+@cache
+def made_class(front: type[Front], base: type[nn.Module]) -> type[nn.Module]:
+    """`class <word><Base>(front, Base)`, the same object each time."""
+    members = {"__module__": base.__module__, "__doc__": base.__doc__, "_veneer_front": front}
+    return type(f"{front.word}{base.__name__}", (front, base), members)
+
+
+def _rebuild(front: type[Front], base: type[nn.Module]) -> nn.Module:
+    cls = made_class(front, base)
+    return cls.__new__(cls)
+
+
+def front_of(module: nn.Module) -> type[Front] | None:
+    """What is placed in front of the module's class, or None."""
+    return getattr(type(module), "_veneer_front", None)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before anything was placed in front; its own if nothing was."""
+    mro = type(module).__mro__
+    return mro[mro.index(Front) + 1] if Front in mro else type(module)
+
+
+def place(module: Layer, front: type[Front]) -> None:
+    """Place `front` before the module's class."""
+    module.__class__ = made_class(front, type(module))
+    _rebind_hook(module)
+
+
+def take_away(module: Layer) -> None:
+    """Give the module its own class back. Raises AttachError if something else changed its class since."""
+    front, base = front_of(module), base_class(module)
+    assert front is not None
+    if type(module) is not made_class(front, base):
+        raise AttachError(
+            f"{type(module).__name__} was wrapped after the adapter was attached (by FSDP?); detach before sharding."
+        )
+    module.__class__ = base
+    _rebind_hook(module)
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raise AttachError if an instance-level forward would hide the one placed in front.
+
+    accelerate puts its hook there and calls `_old_forward`, which is bound anew at each swap.
+    """
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        raise AttachError(
+            f"The forward method of this {type(module).__name__} was replaced on the instance, so an adapter would be "
+            "ignored. Attach the adapter first, then patch forward."
+        )
+
+
+def _rebind_hook(module: Layer) -> None:
+    if "_old_forward" in vars(module):
+        module._old_forward = MethodType(type(module).forward, module)

@@ -1,0 +1,105 @@
+"""The trainer of a run: its arguments, its data sets and its callbacks, from the settings."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.train.progress import Progress
+from veneer.train.settings import RunConfig
+from veneer.train.tokens import Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl.trainer.sft_config import SFTConfig
+
+    from veneer.train.trainer import VeneerSFTTrainer
+    from veneer.train.watch import Meter
+
+
+def build_trainer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    data: Tokens,
+    eval_data: Tokens,
+    settings: RunConfig,
+    *,
+    log_file: Path,
+    checkpoints: Path,
+    progress: Progress,
+    meter: "Meter",
+) -> "VeneerSFTTrainer":
+    """A trainer that trains what is trainable in `model`, logs each step and shows it."""
+    from transformers import PrinterCallback
+
+    from veneer.train.load import device
+    from veneer.train.trainer import VeneerSFTTrainer
+    from veneer.train.watch import FiniteGradients, LastStep, LogFile, Show
+
+    trainer = VeneerSFTTrainer(
+        model=model,
+        args=arguments(settings, checkpoints, evaluates=bool(eval_data.examples)),
+        train_dataset=_dataset(data),
+        eval_dataset=_dataset(eval_data) if eval_data.examples else None,
+        processing_class=tokenizer,
+        callbacks=[FiniteGradients(), LastStep(), LogFile(log_file, meter), Show(progress, meter)],
+        meter=meter,
+        through_head=device().type == "cpu" or _head_is_trained(model),
+        schedule=settings.training.schedule,
+        warmup=settings.training.warmup,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _head_is_trained(model: "PreTrainedModel") -> bool:
+    head: Any = model.get_output_embeddings()
+    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _dataset(tokens: Tokens) -> Any:
+    from datasets import Dataset
+
+    columns = {
+        "input_ids": [example.input_ids for example in tokens.examples],
+        "labels": [example.labels for example in tokens.examples],
+    }
+    return Dataset.from_dict(columns)
+
+
+def arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConfig":
+    """TRL's arguments, checkpoints in `folder`.
+
+    Rows come tokenised and cut, so max_length is given only where it is the size of a pack. The learning rate's
+    schedule is ours, see schedule.py.
+    """
+    import torch
+    from trl.trainer.sft_config import SFTConfig
+
+    run = settings.training
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=run.epochs or 1,
+        max_steps=run.max_steps or -1,
+        per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation,
+        learning_rate=run.learning_rate,
+        weight_decay=run.weight_decay,
+        max_grad_norm=run.max_grad_norm,
+        max_length=run.max_length if run.packing else None,
+        packing=run.packing,
+        activation_checkpointing=run.gradient_checkpointing,
+        seed=run.seed,
+        logging_steps=run.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy=("steps" if run.eval_every else "epoch") if evaluates else "no",
+        eval_steps=run.eval_every,
+        prediction_loss_only=True,
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=run.save_every or 500,
+        save_total_limit=run.keep_checkpoints,
+        bf16=False,  # the model is loaded in its dtype already; autocast on top would only slow it
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,196 @@
+"""Going on with a run that was stopped: from its newest whole checkpoint, with the same settings and data.
+
+OUTPUT/run.yaml and OUTPUT/data.json say what the checkpoints were made with. A run that goes on with anything else
+would be neither the old run nor a new one, so every difference is refused but those that only say how long to train,
+and what to log and to keep.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from veneer.errors import RunError, bullet_list
+from veneer.storage.write import write_file
+from veneer.train.run_file import load
+from veneer.train.settings import RunConfig
+
+SETTINGS_FILE, DATA_FILE, LOG_FILE, CHECKPOINTS = "run.yaml", "data.json", "log.jsonl", "checkpoints"
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+MAY_DIFFER = {  # the data is compared by what it holds, not by where it lies; the output is where we look
+    "output",
+    "overwrite",
+    "data.train",
+    "data.eval",
+    *(
+        f"training.{name}"
+        for name in (
+            "epochs",
+            "max_steps",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+            "resume",
+        )
+    ),
+}
+
+Fingerprint = dict[str, dict[str, Any]]
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was interrupted; the text says what was kept."""
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were written to their end, oldest first."""
+    return [path for path in _numbered(folder) if _is_complete(path)]
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The checkpoint with the highest step that was written to its end; RunError if there is none."""
+    complete = complete_checkpoints(folder)
+    if complete:
+        return complete[-1]
+    count = len(_numbered(folder))
+    found = f"{count} checkpoint{'s' * (count > 1)}, none complete" if count else "no checkpoint"
+    raise RunError(f"training.resume=true found {found} in {folder}. Set training.save_every, or start without resume.")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written.
+
+    >>> step_of(Path("out/checkpoints/checkpoint-40"))
+    40
+    """
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _numbered(folder: Path) -> list[Path]:
+    named = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(named, key=step_of)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def fingerprint(settings: RunConfig, rows: Mapping[str, int]) -> Fingerprint:
+    """What the data files hold: rows, bytes and SHA-256, by setting. `rows` are the numbers of rows that were read."""
+    files = {"data.train": settings.data.train, "data.eval": settings.data.eval}
+    return {name: _of_file(Path(path), rows[name]) for name, path in files.items() if path is not None}
+
+
+def _of_file(path: Path, rows: int) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": str(path), "rows": rows, "sha256": digest}
+
+
+def write_record(output: Path, settings: RunConfig, data: Fingerprint) -> None:
+    """Write OUTPUT/run.yaml, defaults written out, and OUTPUT/data.json."""
+    import yaml
+
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_file(output / SETTINGS_FILE, text.encode())
+    write_file(output / DATA_FILE, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def refuse_changes(output: Path, settings: RunConfig, data: Fingerprint) -> None:
+    """Raise RunError that lists each setting and data file in which the run to go on with differs from this one."""
+    for name in (SETTINGS_FILE, DATA_FILE):
+        if not (output / name).is_file():
+            raise RunError(
+                f"training.resume=true needs {output / name}, which says what the checkpoints were made with. "
+                "Start anew with overwrite=true instead."
+            )
+    before, now = _flat(load(output / SETTINGS_FILE)), _flat(settings)
+    differences = [
+        f"{key} was {_shown(before[key])}, is now {_shown(now[key])}"
+        for key in now
+        if key not in MAY_DIFFER and before[key] != now[key]
+    ]
+    differences += _data_differences(_read_fingerprint(output / DATA_FILE), data)
+    if differences:
+        raise RunError(
+            bullet_list(
+                f"The run in {output} cannot go on with other settings or data.",
+                [*differences, "Set them back, or start anew with overwrite=true or another output."],
+            )
+        )
+
+
+def _read_fingerprint(file: Path) -> Fingerprint:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {name: {"rows": int(part["rows"]), "sha256": str(part["sha256"])} for name, part in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise RunError(f"{file} is damaged. Start anew with overwrite=true instead.") from None
+
+
+def _data_differences(before: Fingerprint, now: Fingerprint) -> list[str]:
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now or name not in before:
+            found.append(f"{name} was {'set' if name in before else 'null'}, is now {'set' if name in now else 'null'}")
+        elif before[name]["rows"] != now[name]["rows"]:
+            found.append(f"{name} held {before[name]['rows']} rows, holds {now[name]['rows']} now")
+        elif before[name]["sha256"] != now[name]["sha256"]:
+            found.append(f"{name} holds other rows than before")
+    return found
+
+
+def _flat(settings: RunConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.model_dump().items():
+        if name in ("data", "lora", "training"):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    """A value as run.yaml would say it.
+
+    >>> _shown(0.0002), _shown(True), _shown(None)
+    ('0.0002', 'true', 'null')
+    """
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def trim_log(file: Path, step: int) -> None:
+    """Leave the lines up to a step, and no torn one: the steps after it are about to be done again."""
+    if not file.is_file():
+        return
+    kept = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
+    write_file(file, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
+def what_is_kept(settings: RunConfig) -> str:
+    """What an interrupted run leaves behind, and the command that goes on with it."""
+    output = Path(settings.output).expanduser()
+    kept = complete_checkpoints(output / CHECKPOINTS)
+    if not kept:
+        return "Nothing was saved; training.save_every=… keeps checkpoints to go on from."
+    command = f"veneer train {quote(str(output / SETTINGS_FILE))} training.resume=true"
+    again = " overwrite=false" if settings.overwrite else ""
+    return f"Kept: {kept[-1].name}. Go on with: {command}{again}"
