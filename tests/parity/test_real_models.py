@@ -85,7 +85,7 @@ CASES = [(model, name) for model in WORDS for name in FIELDS if (model, name) !=
 def test_parity(bases, model, name, tmp_path):
     base = bases[model]
     fields = {"r": 8, "lora_alpha": 16, **spelt(name, model)}
-    theirs = shake(oracle.made_by_peft(base, **fields), std=0.02).eval()
+    theirs = shake(oracle.made_by_peft(base, **fields), std=0.005).eval()
     oracle.save(theirs, tmp_path / "theirs")
     ours = veneer.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True).eval()
 
@@ -104,13 +104,15 @@ def test_parity(bases, model, name, tmp_path):
             assert mine[key] is None
             assert gradients[key] is None
             continue
-        bound = 1e-4 * max(
+        # an attention's key bias has no effect: its true gradient is zero, and rounding of the others shows
+        bound = max(1e-4 * true.abs().max().item(), 1e-6 * largest)
             true.abs().max().item(), 1e-4 * largest
         )  # an attention's key bias has no effect, so none here
         assert_close(mine[key].double(), true, rtol=0, atol=bound)
         assert_close(mine[key], gradients[key], rtol=0, atol=2 * bound)  # each is within the bound of the truth
+    norm = torch.stack([true.norm() for true in exact.values() if true is not None]).norm().item()
     for side in (theirs, ours):
-        torch.optim.SGD([p for p in side.parameters() if p.requires_grad], lr=1e-4).step()
+        torch.optim.SGD([p for p in side.parameters() if p.requires_grad], lr=0.01 / norm).step()
 
     with torch.no_grad():
         expected = run(theirs)
