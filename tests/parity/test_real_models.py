@@ -106,8 +106,6 @@ def test_parity(bases, model, name, tmp_path):
             continue
         # an attention's key bias has no effect: its true gradient is zero, and rounding of the others shows
         bound = max(1e-4 * true.abs().max().item(), 1e-6 * largest)
-            true.abs().max().item(), 1e-4 * largest
-        )  # an attention's key bias has no effect, so none here
         assert_close(mine[key].double(), true, rtol=0, atol=bound)
         assert_close(mine[key], gradients[key], rtol=0, atol=2 * bound)  # each is within the bound of the truth
     norm = torch.stack([true.norm() for true in exact.values() if true is not None]).norm().item()
