@@ -9,7 +9,7 @@ demo: .venv/.demo  ## fine-tune the bundled small model on the bundled data, and
 	.venv/bin/veneer demo
 
 test: .venv/.dev  ## the fast tests
-	.venv/bin/python -m pytest -m "not slow" -n 2 -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 -q
 
 test-slow: .venv/.dev  ## the tests on real models and whole commands
 	.venv/bin/python -m pytest -m slow -q

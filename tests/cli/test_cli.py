@@ -214,6 +214,103 @@ def test_chat_reads_questions_from_a_pipe(
     assert "/new starts over" in asked[-1]
 
 
+def test_a_conversation_longer_than_the_model_can_read_is_refused(cli: Cli, chat_model: Path) -> None:
+    code, out, err = cli("chat", chat_model, "--prompt", "a" * 600)
+    assert (code, out) == (2, "")
+    assert "and the model can read at most 512 at once" in err
+    code, _, err = cli("chat", chat_model, "--prompt", "a" * 430)
+    assert code == 0
+    assert "Note: the answer ends where the model can read no more." in err
+
+
+def test_a_question_that_is_too_long_does_not_end_the_talk(
+    cli: Cli, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 600 + "\nhi\n"))
+    code, out, err = cli("chat", chat_model, "--max-new-tokens", 8)
+    assert code == 0
+    assert "can read at most 512" in err
+    assert out == cli("chat", chat_model, "--max-new-tokens", 8, "--prompt", "hi")[1]
+
+
+def test_an_interrupt_is_told_and_ends_with_130(
+    cli: Cli, run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.train import watch
+
+    def interrupt(self, step) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.Show, "_show", interrupt)
+    code, _, err = cli("train", run_yaml)
+    assert code == 130
+    assert err.startswith("Stopped at step 1/2. Nothing was saved; training.save_every=…")
+    monkeypatch.setattr("veneer.train.run_file.load", lambda *_: interrupt(None, None))
+    assert cli("train", run_yaml)[::2] == (130, "Stopped.\n")
+
+
+def test_an_error_of_the_system_is_one_line(cli: Cli, run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/somewhere")
+
+    monkeypatch.setattr("veneer.train.run_file.load", fail)
+    assert cli("train", run_yaml) == (2, "", "Error: /somewhere: Permission denied\n")
+
+
+def test_an_adapter_whose_model_moved_tells_what_to_do(
+    cli: Cli, adapter: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(chat_model), str(tmp_path / "moved")))
+    for command in (["chat", adapter, "--prompt", "hi"], ["merge", adapter, "--into", tmp_path / "m"]):
+        code, _, err = cli(*command)
+        assert code == 2
+        assert f"adapter_config.json names the model {tmp_path / 'moved'}, which is not here" in err
+        assert f"veneer merge {adapter} --into FOLDER --base MODEL" in err
+        assert f"veneer chat MODEL --adapter {adapter}" in err
+    assert cli("merge", adapter, "--into", tmp_path / "m", "--base", chat_model)[0] == 0
+
+
+def test_the_folder_of_a_run_is_not_its_adapter(cli: Cli, adapter: Path, run_yaml: Path, tmp_path: Path) -> None:
+    for command in (
+        ["chat", adapter.parent],
+        ["inspect", adapter.parent],
+        ["targets", adapter.parent],
+        ["merge", adapter.parent, "--into", tmp_path / "m"],
+        ["train", run_yaml, f"model={adapter.parent}", f"output={tmp_path / 'other'}"],
+    ):
+        code, _, err = cli(*command)
+        assert code == 2
+        assert err.rstrip().endswith(f"is the folder of a run: did you mean {adapter}?")
+    code, _, err = cli("targets", adapter)
+    assert code == 2
+    assert "holds an adapter, not a model" in err
+
+
+def test_a_single_target_may_be_a_pattern(cli: Cli, chat_model: Path) -> None:
+    pattern = cli("targets", chat_model, "--target", r".*\.[qv]_proj")
+    assert pattern == cli("targets", chat_model, "--target", "q_proj", "--target", "v_proj")
+    assert pattern[0] == 0
+
+
+def test_inspect_is_short_and_whole_in_a_narrow_terminal(
+    cli: Cli, chat_model: Path, run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("train", run_yaml, "lora.modules_to_save=[lm_head]")[0] == 0
+    out = cli("inspect", tmp_path / "out" / "adapter")[1]
+    assert " KiB" in out
+    assert "sha256" not in out
+    assert "trained_with" not in out
+    assert "base_model.model" not in out
+    assert "lm_head.weight (whole)" in out
+    monkeypatch.setenv("COLUMNS", "50")
+    narrow = cli("inspect", tmp_path / "out" / "adapter")[1]
+    cells = "".join(line.split("│")[1].strip() for line in narrow.splitlines() if line.startswith("│"))
+    assert "lm_head.weight (whole)".replace(" ", "") in cells.replace(" ", "")
+
+
 def test_a_wrong_option_is_an_error_of_its_own(cli: Cli) -> None:
     code, _, err = cli("targets")
     assert code == 2

@@ -10,7 +10,7 @@ from rich.console import Console
 from veneer.errors import MergeError, RunError
 from veneer.train import demo
 from veneer.train.demo_picture import draw_before_after
-from veneer.train.demo_view import show_before, show_report
+from veneer.train.demo_view import as_called, show_before, show_report
 from veneer.train.progress import Progress
 
 SIZE = demo.Size(train_rows=8, batch_size=4, learning_rate=1e-2, scored_rows=4, merged_rows=2, max_new_tokens=4)
@@ -40,6 +40,15 @@ def test_it_trains_scores_merges_and_says_where_everything_lies(tmp_path: Path) 
     for name in ("adapter", "merged", "loss.png", "log.jsonl", "run.yaml", "addresses.jsonl"):
         assert (tmp_path / "out" / name).exists()
     demo.run(tmp_path / "out", SIZE)  # its own folder may be used again
+
+
+def test_the_next_commands_begin_as_this_one_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / ".venv" / "bin" / "veneer"), "demo"])
+    monkeypatch.setenv("PATH", "")
+    assert as_called() == ".venv/bin/veneer"
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert as_called() == "veneer"
 
 
 def test_it_does_not_write_into_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -44,6 +44,36 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_memory() -> None:
         assert part in text.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (60, set()),
+        (80, {"memory"}),
+        (100, {"memory", "clock", "speed"}),
+        (120, {"memory", "clock", "speed", "curve"}),
+        (140, {"memory", "clock", "speed", "curve"}),
+    ],
+)
+def test_a_terminal_gets_one_line_that_fits(width: int, shown: set[str]) -> None:
+    text = StringIO()
+    where = Console(file=text, force_terminal=True, width=width, legacy_windows=False)
+    live = Live(where)
+    with live.bar("Training"):
+        for n in range(1, 90):
+            live.step(Step(1200 + n, 4500, 12.5 / n, 12345.0, 45000.0, 79 << 30))
+        live._bars.refresh()
+        recorded = Console(file=StringIO(), width=width)
+        recorded.print(live._bars.get_renderable())
+        lines = recorded.file.getvalue().splitlines()
+    (line,) = lines
+    assert "…" not in line
+    assert len(line.rstrip()) <= width
+    for part in ("1289/4500", "loss 0.140", "12:30:00 left"):
+        assert part in line
+    signs = {"memory": "79.0 GiB", "clock": "0:00:0", "speed": "12345 tokens/s", "curve": "█"}
+    assert {name for name, sign in signs.items() if sign in line} == shown
+
+
 def test_no_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run(Progress())
     assert capsys.readouterr() == ("", "")

@@ -8,44 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from train.tiny_chat import model, write_rows
+from train.tiny_run import WEIGHTS, Told, settings
 from veneer import PeftModel
 from veneer.errors import DataError, RunError, TargetError
-from veneer.train.progress import Progress
-from veneer.train.resume import newest_checkpoint
 from veneer.train.run import train
-from veneer.train.settings import RunConfig
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-class Told(Progress):
-    """Remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.steps: list[int] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def step(self, step) -> None:
-        self.steps.append(step.step)
-
-
-def settings(model_dir: Path, rows: Path, output: Path, *, lora: dict | None = None, **changes) -> RunConfig:
-    training = {"epochs": None, "max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "warmup": 0}
-    top = {key: changes.pop(key) for key in ("overwrite",) if key in changes}
-    data = {"train": str(rows), **changes.pop("data", {})}
-    return RunConfig.model_validate(
-        {
-            "model": str(model_dir),
-            "data": data,
-            "output": str(output),
-            "lora": {"r": 4, **(lora or {})},
-            "training": training | changes,
-            **top,
-        }
-    )
 
 
 def test_a_run_writes_a_working_adapter_log_and_plot(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -59,7 +25,8 @@ def test_a_run_writes_a_working_adapter_log_and_plot(chat_model: Path, rows_file
     assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"} <= lines[0].keys()
     assert result.plot is not None
     assert result.plot.is_file()
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter", "log.jsonl", "loss.png", "run.yaml"}
+    files = {"adapter", "data.json", "log.jsonl", "loss.png", "run.yaml"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
     adapted = PeftModel.from_pretrained(model(), str(result.adapter_dir))
     assert adapted.peft_config["default"].r == 4
     ids = torch.arange(3, 20).unsqueeze(0)
@@ -79,28 +46,6 @@ def test_the_settings_it_writes_do_the_same_again(chat_model: Path, rows_file: P
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    whole = train(settings(chat_model, rows_file, tmp_path / "whole", save_every=2))
-    train(settings(chat_model, rows_file, tmp_path / "half", save_every=2))
-    half = tmp_path / "half"
-    torn = half / "checkpoints" / "checkpoint-4" / "trainer_state.json"
-    torn.write_text(torn.read_text()[:100])  # as if the run had been killed while it wrote this
-    told = Told()
-    resumed = train(settings(chat_model, rows_file, half, save_every=2, resume=True), progress=told)
-    assert any("checkpoint-2" in line for line in told.lines)
-    assert told.steps == [3, 4]
-    one, other = load_file(whole.adapter_dir / WEIGHTS), load_file(resumed.adapter_dir / WEIGHTS)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    checkpoint = {file.name for file in (half / "checkpoints" / "checkpoint-2").iterdir()}
-    assert WEIGHTS in checkpoint
-    assert "model.safetensors" not in checkpoint
-
-
-def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"found no checkpoint in .* Set training.save_every"):
-        newest_checkpoint(tmp_path / "checkpoints")
-
-
 def test_a_folder_in_use_is_refused_unless_told(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(settings(chat_model, rows_file, out, max_steps=1))
@@ -115,8 +60,84 @@ def test_a_run_that_goes_wrong_leaves_the_old_adapter(chat_model: Path, rows_fil
     first = train(settings(chat_model, rows_file, out))
     before = (first.adapter_dir / WEIGHTS).read_bytes()
     with pytest.raises(RunError, match="not a finite number"):
-        train(settings(chat_model, rows_file, out, overwrite=True, learning_rate=1e30, max_grad_norm=1e9))
+        train(settings(chat_model, rows_file, out, overwrite=True, learning_rate=1e30, max_grad_norm=1e9, save_every=9))
+    assert not (out / "checkpoints").exists()
     assert (first.adapter_dir / WEIGHTS).read_bytes() == before
+
+
+def test_overwriting_deletes_nothing_before_everything_is_checked(
+    chat_model: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    train(settings(chat_model, rows_file, out, save_every=2))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    empty = write_rows(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": ""}])
+    for error, wrong in (
+        (DataError, settings(chat_model, empty, out, overwrite=True)),
+        (DataError, settings(chat_model, rows_file, out, overwrite=True, max_length=8)),
+        (RunError, settings(tmp_path / "nowhere", rows_file, out, overwrite=True)),
+        (TargetError, settings(chat_model, rows_file, out, overwrite=True, lora={"target_modules": ["q_porj"]})),
+    ):
+        with pytest.raises(error):
+            train(wrong)
+        assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_rows_that_are_too_long_can_be_dropped(chat_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {n}", "completion": "it " * (n + 1)} for n in range(12)]
+    told = Told()
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    train(settings(chat_model, file, tmp_path / "out", data={"too_long": "drop"}, max_length=60), progress=told)
+    assert told.lines[0].startswith("Note: 1 row dropped, as longer than training.max_length: line 12")
+    assert told.lines[1].startswith("11 rows")
+
+
+def test_rows_longer_than_the_model_can_read_are_refused(chat_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a" * 600, "completion": "b"}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"1 row longer than the 512 tokens the model can read at once: line 2\."):
+        train(settings(chat_model, file, tmp_path / "out"))
+    good = write_rows(tmp_path / "good.jsonl", rows[:1])
+    with pytest.raises(DataError, match="longer than the 512 tokens the model can read at once: rows.jsonl line 2"):
+        train(settings(chat_model, good, tmp_path / "out", data={"eval": str(file)}))
+    train(settings(chat_model, file, tmp_path / "out", data={"too_long": "drop"}, max_length=512))
+
+
+def test_one_step_trains_something(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    result = train(settings(chat_model, rows_file, tmp_path / "out", max_steps=1, warmup=0.03))
+    (line,) = [json.loads(line) for line in result.log_file.read_text().splitlines()]
+    assert line["learning_rate"] == 1e-2
+    second = {name: value for name, value in load_file(result.adapter_dir / WEIGHTS).items() if "lora_B" in name}
+    assert second
+    assert all(value.abs().max() > 0 for value in second.values())
+
+
+def test_training_that_changes_nothing_is_an_error(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    config = settings(
+        chat_model, rows_file, tmp_path / "out", lora={"init_lora_weights": False}, learning_rate=1e-30, max_steps=1
+    )
+    with pytest.raises(RunError, match="Training changed nothing: all 28 trained tensors are as they were"):
+        train(config)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_the_last_step_is_logged_and_evaluated(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    config = settings(
+        chat_model, rows_file, tmp_path / "out", max_steps=5, log_every=3, data={"eval_fraction": 0.25}, eval_every=2
+    )
+    result = train(config)
+    assert [step for step, _ in result.losses] == [1, 3, 5]
+    assert [step for step, _ in result.eval_losses] == [2, 4, 5]
+
+
+def test_an_output_that_cannot_be_made_is_named_before_anything_is_loaded(rows_file: Path, tmp_path: Path) -> None:
+    for output, reason in (
+        (rows_file / "out", "Not a directory"),
+        (rows_file, "Not a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(RunError, match=f"cannot be written to: {reason}"):
+            train(settings(tmp_path / "no-model", rows_file, output))
 
 
 def test_evaluation_rows_can_be_set_aside(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from train.tiny_chat import model, tokenizer
 from veneer import LoraConfig
 from veneer.errors import RunError
 from veneer.integrations.transformers import add_adapter
-from veneer.train.data import Message, Row
 from veneer.train.build import arguments
+from veneer.train.data import Message, Row
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import tokenise
 from veneer.train.trainer import VeneerSFTTrainer
@@ -78,6 +78,15 @@ def test_packed_rows_do_not_see_each_other(tmp_path: Path) -> None:
     packed = trainer(tmp_path, copy.deepcopy(bare), through_head=True, packing=True, max_length=256, batch_size=1)
     assert len(packed.train_dataset) == 1
     torch.testing.assert_close(loss_of(packed), reference(bare))
+
+
+@pytest.mark.parametrize("through_head", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_evaluation_loss_is_that_of_all_rows_at_once(tmp_path: Path, through_head: bool, batch_size: int) -> None:
+    bare = adapted()
+    made = trainer(tmp_path, copy.deepcopy(bare), through_head=through_head, batch_size=batch_size)
+    found = made.evaluate(made.train_dataset)
+    assert found["eval_loss"] == pytest.approx(reference(bare).item(), rel=1e-5)
 
 
 def test_an_adapted_output_head_is_trained(tmp_path: Path) -> None:

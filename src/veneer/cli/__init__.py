@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -25,8 +26,24 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which Ctrl-C ends with a line about what is left behind, and exit code 130."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            _say("", str(stop) or "Stopped.", "yellow")
+            raise typer.Exit(130) from None
+
+    return run
+
+
 for command in (demo, init, train, chat, targets, inspect, merge):
-    app.command()(command)
+    app.command()(_stoppable(command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,7 +68,7 @@ def veneer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. An error of ours is printed to stderr without a traceback, with exit code 2."""
+    """Run a command. An error of ours or of the system is printed to stderr without a traceback, with exit code 2."""
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
@@ -62,6 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except VeneerError as error:
             _say(type(error).__name__, str(error), "bold red")
             sys.exit(2)
+        except OSError as error:
+            _say("Error", _in_one_line(error), "bold red")
+            sys.exit(2)
+
+
+def _in_one_line(error: OSError) -> str:
+    reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -72,4 +97,4 @@ def _say(label: str, message: str, style: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text.assemble((f"{label}: ", style), message), soft_wrap=True)
+    Console(stderr=True).print(Text.assemble((f"{label}: " if label else "", style), message), soft_wrap=True)

@@ -30,6 +30,7 @@ def chat(
 
     An adapter folder is enough: the model is the one it was trained on. Questions can also be piped in, one a line.
     """
+    from veneer.errors import RunError
     from veneer.train.adapted import is_adapter, load_adapted
     from veneer.train.load import device, load_model, load_tokenizer
     from veneer.train.quiet import quiet
@@ -47,8 +48,11 @@ def chat(
             talk.answer(prompt)
             return
         for line in _questions():
-            if not talk.obey(line):
-                talk.answer(line)
+            try:
+                if not talk.obey(line):
+                    talk.answer(line)
+            except RunError as error:  # too long: what was said stays, and the user goes on
+                typer.echo(str(error), err=True)
 
 
 def _questions() -> Iterator[str]:
@@ -112,23 +116,41 @@ class Talk:
         from veneer.train.data import Message
         from veneer.train.tokens import render_prompt, stop_ids
 
-        self.said.append(Message("user", question))
+        said = [*self.said, Message("user", question)]
         inputs = self.tokenizer(
-            render_prompt(self.said, self.tokenizer),
+            render_prompt(said, self.tokenizer),
             add_special_tokens=self.tokenizer.chat_template is None,
             return_tensors="pt",
         ).to(self.model.device)
+        room = self._room(inputs["input_ids"].shape[1])
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         with torch.inference_mode():
             ids = self.model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=min(self.max_new_tokens, room),
                 eos_token_id=stop_ids(self.model, self.tokenizer),
                 pad_token_id=self.tokenizer.pad_token_id,
                 streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
                 **sampling,
             )
         text = str(self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-        self.said.append(Message("assistant", text))
+        if ids.shape[1] - inputs["input_ids"].shape[1] == room < self.max_new_tokens:
+            typer.echo("Note: the answer ends where the model can read no more.", err=True)
+        self.said = [*said, Message("assistant", text)]
         return text
+
+    def _room(self, prompt: int) -> int:
+        """How many tokens an answer to so many can have; RunError if none."""
+        from veneer.errors import RunError
+        from veneer.train.load import positions
+
+        limit = positions(self.model)
+        if limit is None:
+            return self.max_new_tokens
+        if prompt >= limit:
+            raise RunError(
+                f"The conversation has {prompt} tokens, and the model can read at most {limit} at once, its answer "
+                "included. Start over with /new, or ask something shorter."
+            )
+        return limit - prompt

@@ -27,6 +27,7 @@ SHOWN_FIELDS = (
     "rank_pattern",
     "alpha_pattern",
 )
+OUR_METADATA = ("sha256", "veneer_trained_with")  # for the loader, which compares them
 
 
 @dataclass
@@ -51,7 +52,9 @@ def inspect(
 
     from veneer.storage.adapter_file import WEIGHTS_FILE, read_config, read_weights_header
     from veneer.storage.hub import adapter_folder
+    from veneer.train.folders import refuse_run_folder
 
+    refuse_run_folder(adapter)
     folder = adapter_folder(adapter)
     config = read_config(folder)
     header = read_weights_header(folder)
@@ -98,8 +101,8 @@ def _show_facts(console, config: dict[str, Any], header: "Header", size: int) ->
         *((name, config.get(name)) for name in SHOWN_FIELDS),
         ("parameters", f"{parameters:,}"),
         ("tensors", f"{len(header.tensors):,} ({dtypes})"),
-        ("file", f"{size / 2**20:.1f} MiB"),
-        *((f"metadata {key}", value) for key, value in header.metadata.items()),
+        ("file", f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"),
+        *((f"metadata {key}", value) for key, value in header.metadata.items() if key not in OUR_METADATA),
     ]
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -116,12 +119,13 @@ def _show_layers(console, header: "Header") -> None:
     groups, others = group_tensors(header)
     table = Table()
     for column in ("name", "layers", "rank", "out x in", "parameters"):
-        table.add_column(column, justify="left" if column == "name" else "right")
+        justify = "left" if column == "name" else "right"
+        table.add_column(column, justify=justify, overflow="fold" if column == "name" else "ellipsis")
     for leaf, group in groups.items():
         shape = f"{_all(group.outs)} x {_all(group.ins)}"
         table.add_row(leaf, str(len(group.paths)), _all(group.ranks), shape, f"{group.parameters:,}")
     for name, count in others.items():
-        table.add_row(f"{name} (whole)", "1", "", "", f"{count:,}")
+        table.add_row(f"{name.removeprefix('base_model.model.')} (whole)", "1", "", "", f"{count:,}")
     console.print(table)
 
 

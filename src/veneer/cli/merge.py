@@ -17,9 +17,10 @@ def merge(
 
     The folder appears complete or not at all, and loads with transformers alone.
     """
-    from veneer.train.folders import refuse_non_empty
+    from veneer.train.folders import refuse_non_empty, refuse_unwritable
 
     refuse_non_empty(into, hint="Name a new folder with --into.")
+    refuse_unwritable(into)
     from veneer.storage.write import write_folder
     from veneer.train.adapted import load_adapted
     from veneer.train.quiet import quiet

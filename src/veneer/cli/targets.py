@@ -1,5 +1,6 @@
 """`veneer targets`: which layers of a model can be adapted, and how many parameters that would train."""
 
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,11 +9,14 @@ import typer
 if TYPE_CHECKING:
     from veneer.targets import Preview
 
+PLAIN_NAME = re.compile(r"[\w.-]+")
+
 
 def targets(
     model: Annotated[str, typer.Argument(help="A hub id, or a folder with a config.json.")],
     target: Annotated[
-        list[str] | None, typer.Option(help="A layer name to adapt, such as q_proj; may be given several times.")
+        list[str] | None,
+        typer.Option(help="A layer name to adapt, such as q_proj; may be given several times. Or one pattern."),
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
@@ -37,10 +41,10 @@ def targets(
 
 
 def _names(target: list[str] | None) -> list[str] | str:
-    """What --target means: names, or the one word for every linear layer."""
+    """What --target means: names, a single regular expression, or the one word for every linear layer."""
     if not target or target == ["all-linear"]:
         return "all-linear"
-    return list(target)
+    return target[0] if len(target) == 1 and not PLAIN_NAME.fullmatch(target[0]) else list(target)
 
 
 def _show(console, name: str, found: "Preview", rank: int) -> None:

@@ -24,7 +24,7 @@ def train(
     from veneer.train.packages import require
 
     require("train")
-    from veneer.train.progress import duration, for_console
+    from veneer.train.progress import counted, duration, for_console
     from veneer.train.run_file import load
 
     run_config = load(file, settings or [])
@@ -33,7 +33,7 @@ def train(
     console = Console()
     result = run(run_config, progress=for_console(console))
     lines = [
-        f"Trained {result.steps} steps in {duration(result.seconds)}, loss {result.losses[0][1]:.3f} "
+        f"Trained {counted(result.steps, 'step')} in {duration(result.seconds)}, loss {result.losses[0][1]:.3f} "
         f"to {result.losses[-1][1]:.3f}.",
         *([f"Evaluation loss {result.eval_losses[-1][1]:.3f}."] if result.eval_losses else []),
         f"Adapter: {result.adapter_dir}",

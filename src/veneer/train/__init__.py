@@ -1,15 +1,20 @@
 """Fine-tuning from a run file: data in, adapter folder out. A thin layer over TRL's SFTTrainer.
 
-    settings.py   run.yaml: what it may say, read and checked
+    settings.py   what a run can be told: sections, keys, types, ranges and defaults
+    run_file.py   run.yaml and the settings laid over it, read and checked; setting_problems.py says what is wrong
     template.py   the commented run.yaml that `veneer init` writes
-    data.py       rows of a .json or .jsonl file, every problem named by its line
+    data.py       rows of a .json or .jsonl file, every problem named by its line; row_check.py looks at one row
+    sets.py       rows to train on and to evaluate on, as tokens that the model can read
     tokens.py     rows to token ids and labels: what is learned and what is only read
     trainer.py    SFTTrainer with our loss, our resume and no telemetry
+    schedule.py   the learning rate of each step
+    build.py      a trainer from settings
     run.py        settings to an adapter folder
+    resume.py     going on with a run that was stopped, or refusing to
     watch.py      Trainer callbacks: the log file, the finite check, the progress display
     progress.py   what the terminal shows meanwhile
     plot.py       loss.png
-    folders.py    folders that are complete or absent
+    folders.py    what a command may write over, and what it was given in place of a model
     quiet.py      other libraries' progress bars and log lines, put away for a while
     generate.py   batched greedy answers
     scoring.py    how well JSON answers agree with the expected ones

@@ -10,26 +10,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from veneer.errors import DataError, bullet_list
 from veneer.suggest import did_you_mean
+from veneer.train.row_check import Format, Problem, check, kind
 
-ROLES = ("system", "user", "assistant")
 SHOWN_PROBLEMS = 10
-
-Format = Literal["prompt/completion", "messages"]
-KEYS: dict[Format, tuple[str, ...]] = {"prompt/completion": ("prompt", "completion"), "messages": ("messages",)}
-ALL_KEYS = tuple(key for keys in KEYS.values() for key in keys)
-
-JSON_WORDS = {
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+SHOWN_PLACES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +48,57 @@ class Row:
 def read_rows(path: Path) -> list[Row]:
     """All rows of a .json or .jsonl file, in order.
 
-    Raises DataError that lists the problems by line (the first ten, and how many there are).
+    Raises DataError that lists the problems by line (the first ten, and how many there are), equal ones together.
     """
-    problems: list[str] = []
+    problems: dict[Problem, list[str]] = {}
     rows: list[Row] = []
+    values = list(_values(path))
     first: tuple[Format, str] | None = None
-    for place, value, problem in _values(path):
-        form, found = (None, [problem]) if problem else _check(value)
+    for place, value, problem in values:
+        form, found = (None, [problem]) if problem else check(value)
         if form and first and form != first[0]:
-            found = [f"has the format {form}, but {first[1]} has {first[0]}: one file, one format"]
+            found = [Problem(f"has the format {form}, but {first[1]} has {first[0]}: one file, one format")]
         if form and first is None:
             first = form, place
-        problems += [f"{place}: {text}" for text in found]
+        for each in found:
+            problems.setdefault(each, []).append(place)
         if form and not found:
             rows.append(_row(value, form, place))
     if problems:
-        raise DataError(_summary(path, problems))
+        raise DataError(_summary(path, problems, len(values)))
     if not rows:
         raise DataError(f"{path} holds no rows. Write one JSON object a line, with the keys 'prompt' and 'completion'.")
     return rows
 
 
-def _summary(path: Path, problems: list[str]) -> str:
-    shown = problems[:SHOWN_PROBLEMS]
-    if len(problems) > len(shown):
-        shown = [*shown, f"… and {len(problems) - len(shown)} more"]
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+def _summary(path: Path, problems: dict[Problem, list[str]], rows: int) -> str:
+    lines = [_in_one_line(problem, places, rows) for problem, places in problems.items()]
+    shown = lines[:SHOWN_PROBLEMS]
+    if len(lines) > len(shown):
+        shown = [*shown, f"… and {len(lines) - len(shown)} more"]
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     return bullet_list(f"{path} cannot be used: {count}.", shown)
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """(place, value, problem) for each row; the problem is empty where the JSON could be read."""
+def _in_one_line(problem: Problem, places: list[str], rows: int) -> str:
+    """A problem with its place, or with those of all the rows that share it."""
+    if len(places) == 1:
+        return f"{places[0]}: {problem.what}{problem.advice}"
+    how_many = f"all {rows} rows" if len(places) == rows else f"{len(places)} of {rows} rows"
+    word, numbers = places[0].split()[0], [place.split()[1] for place in places[:SHOWN_PLACES]]
+    more = ", …" if len(places) > SHOWN_PLACES else ""
+    return f"{problem.what} in {how_many} ({word} {', '.join(numbers)}{more}){problem.advice}"
+
+
+class _Value(NamedTuple):
+    """A row as it was read; the problem is None where the JSON could be."""
+
+    place: str
+    value: Any
+    problem: Problem | None = None
+
+
+def _values(path: Path) -> Iterator[_Value]:
     readers = {".jsonl": _lines, ".json": _items}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} must end in .jsonl (one JSON object a line) or .json (one list of objects).")
@@ -100,7 +108,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any, str]]:
 def _text(path: Path) -> str:
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*.json*")) if path.parent.is_dir() else []
-        raise DataError(f"There is no data file {path}{did_you_mean(path.name, near)}.")
+        raise DataError(f"There is no data file {path}{did_you_mean(path.name, near) or '.'}")
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -109,97 +117,59 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} is not UTF-8 text (line {line}). Save it as UTF-8.") from None
 
 
-def _lines(text: str, path: Path) -> Iterator[tuple[str, Any, str]]:
+def _lines(text: str, path: Path) -> Iterator[_Value]:
+    if text.lstrip().startswith("[") and isinstance(_parsed(text), list):
+        raise DataError(f"{path} holds one list of rows, not one row a line: rename it {path.stem}.json.")
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line), ""
-        except ValueError as error:
-            yield f"line {number}", None, _json_problem(error)
+            yield _Value(f"line {number}", _read(line))
+        except (ValueError, RecursionError) as error:
+            yield _Value(f"line {number}", None, _json_problem(error))
 
 
-def _items(text: str, path: Path) -> Iterator[tuple[str, Any, str]]:
+def _items(text: str, path: Path) -> Iterator[_Value]:
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and all(isinstance(_parsed(line), dict) for line in lines[:2]):
+        raise DataError(f"{path} holds one row a line, not one list of rows: rename it {path.stem}.jsonl.")
     try:
-        items = json.loads(text)
-    except ValueError as error:
+        items = _read(text)
+    except (ValueError, RecursionError) as error:
         line = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "the file"
-        yield line, None, _json_problem(error)
+        yield _Value(line, None, _json_problem(error))
         return
     if not isinstance(items, list):
-        raise DataError(f"{path} must hold a list of rows, not {_kind(items)}. For one object a line name it .jsonl.")
+        raise DataError(f"{path} must hold a list of rows, not {kind(items)}. For one object a line name it .jsonl.")
     for number, item in enumerate(items, start=1):
-        yield f"row {number}", item, ""
+        yield _Value(f"row {number}", item)
 
 
-def _json_problem(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON ({error.msg}, column {error.colno})"
-    return f"not valid JSON ({error})"
+def _read(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_refuse_duplicates)
 
 
-def _kind(value: Any) -> str:
-    return "null" if value is None else JSON_WORDS[type(value)]
-
-
-def _check(value: Any) -> tuple[Format | None, list[str]]:
-    """The format of one row and what is wrong with it."""
-    if not isinstance(value, dict):
-        return None, [f"expected an object with the keys 'prompt' and 'completion', got {_kind(value)}"]
-    form: Format = "messages" if "messages" in value else "prompt/completion"
-    unknown = [key for key in value if key not in ALL_KEYS]
-    found = [f"unknown key {key!r}{did_you_mean(key, ALL_KEYS) or _known(form)}" for key in unknown]
-    if form == "messages" and not value.keys().isdisjoint(KEYS["prompt/completion"]):
-        return None, [*found, "has both 'messages' and 'prompt'/'completion': keep one of them"]
-    if form == "messages":
-        return form, found + _check_messages(value["messages"])
-    meant = " ".join(found)
-    for key in KEYS[form]:
-        if key in value:
-            found += _check_text(key, value[key], may_be_empty=False)
-        elif f"did you mean {key!r}" not in meant:
-            found.append(f"the key {key!r} is missing")
-    return (form if not unknown or not value.keys().isdisjoint(ALL_KEYS) else None), found
-
-
-def _known(form: Format) -> str:
-    return " (allowed: " + ", ".join(repr(key) for key in KEYS[form]) + ")"
-
-
-def _check_text(name: str, value: Any, *, may_be_empty: bool) -> list[str]:
-    if not isinstance(value, str):
-        return [f"{name!r} must be a string, got {_kind(value)}"]
-    if not may_be_empty and not value.strip():
-        return [f"{name!r} is empty"]
-    return []
-
-
-def _check_messages(messages: Any) -> list[str]:
-    if not isinstance(messages, list) or not messages:
-        return ["'messages' must be a list of at least one {'role': …, 'content': …}"]
-    found = [
-        f"message {number}: {text}"
-        for number, message in enumerate(messages, start=1)
-        for text in _check_message(message)
-    ]
-    if not found and messages[-1]["role"] != "assistant":
-        found.append(f"the last message must be the assistant's, it is the {messages[-1]['role']}'s")
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is written twice")
+        found[key] = value
     return found
 
 
-def _check_message(message: Any) -> list[str]:
-    if not isinstance(message, dict):
-        return [f"expected an object with 'role' and 'content', got {_kind(message)}"]
-    keys = ("role", "content")
-    found = [f"unknown key {key!r}{did_you_mean(key, keys)}" for key in message if key not in keys]
-    found += [f"the key {key!r} is missing" for key in keys if key not in message]
-    if found:
-        return found
-    role = message["role"]
-    if role not in ROLES:
-        guess = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-        found.append(f"unknown role {role!r}{guess or ' (allowed: ' + ', '.join(ROLES) + ')'}")
-    return found + _check_text("content", message["content"], may_be_empty=role != "assistant")
+def _parsed(text: str) -> Any:
+    """The value, or None where the text is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_problem(error: Exception) -> Problem:
+    if isinstance(error, json.JSONDecodeError):
+        return Problem(f"not valid JSON ({error.msg}, column {error.colno})")
+    return Problem(f"not valid JSON ({'nested too deeply' if isinstance(error, RecursionError) else error})")
 
 
 def _row(value: dict[str, Any], form: Format, place: str) -> Row:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import MergeError, RunError
 from veneer.storage.write import write_file, write_folder
 from veneer.train.data import Message, Row, read_rows
-from veneer.train.folders import is_empty
+from veneer.train.folders import is_empty, refuse_unwritable
 from veneer.train.generate import answer
 from veneer.train.load import load_model, load_tokenizer
 from veneer.train.packages import require
@@ -119,6 +119,7 @@ def run(
     progress = progress or Progress()
     if not is_empty(output) and not (output / DATA_FILE).is_file():
         raise RunError(f"{output} is not empty and not from an earlier demo. Name another folder with --output.")
+    refuse_unwritable(output)
     clock = Clock()
     with clock("total"):
         with clock("get the model"):

@@ -1,11 +1,15 @@
 """The demonstration on the screen."""
 
 import json
+import os
+import shutil
+import sys
+from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
 from veneer.train.demo import INSTRUCTION, PICTURE_FILE, REPORT_FILE, SETTINGS_FILE, Exam, Report
-from veneer.train.progress import duration
+from veneer.train.progress import counted, duration
 from veneer.train.scoring import Scores
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ def show_report(console: "Console", report: Report) -> None:
     seconds = report.seconds
     console.print(
         f"Trained {report.result.trainable:,} of {report.result.total:,} parameters "
-        f"({100 * report.result.trainable / report.result.total:.2f} %) in {report.result.steps} steps, "
+        f"({100 * report.result.trainable / report.result.total:.2f} %) in {counted(report.result.steps, 'step')}, "
         f"{duration(seconds['train'])}; everything together {duration(seconds['total'])}."
     )
     console.print(f"The merged model gives the same answers ({report.merged_checked} of {report.merged_checked}).\n")
@@ -63,13 +67,22 @@ def show_places(console: "Console", report: Report) -> None:
         places.add_row(str(path), what)
     console.print(places)
     console.print("\nNext:", style="bold")
+    adapter = quote(str(report.result.adapter_dir))
     for command in (
-        f"veneer inspect {report.result.adapter_dir}",
-        f"veneer chat {report.result.adapter_dir} --system {quote(INSTRUCTION)} --prompt {quote(QUESTION)}",
-        f"veneer targets {report.model}",
-        "veneer init run.yaml",
+        f"inspect {adapter}",
+        f"chat {adapter} --system {quote(INSTRUCTION)} --prompt {quote(QUESTION)}",
+        f"targets {quote(str(report.model))}",
+        "init run.yaml",
     ):
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {as_called()} {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def as_called() -> str:
+    """How to call this program: `veneer` where that is on the path, or else as it was called this time."""
+    called = Path(sys.argv[0])
+    if shutil.which("veneer") or not called.name.startswith("veneer"):
+        return "veneer"
+    return quote(os.path.relpath(called))
 
 
 def _scores(before: Scores, after: Scores):

@@ -1,15 +1,28 @@
-"""What a command may write over."""
+"""What a command may write over, and what it was given in place of a model."""
 
 import os
 import tempfile
 from pathlib import Path
 
 from veneer.errors import RunError
+from veneer.storage.adapter_file import CONFIG_FILE as ADAPTER_FILE
 
 
 def is_empty(folder: Path) -> bool:
     """Whether nothing would be lost by writing there: no such folder, or nothing in it."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def refuse_run_folder(name: str) -> None:
+    """Raise RunError for the folder of a run, which holds the adapter one folder below."""
+    if Path(name, "adapter", ADAPTER_FILE).is_file() and not Path(name, ADAPTER_FILE).is_file():
+        raise RunError(f"{name} is the folder of a run: did you mean {Path(name, 'adapter')}?")
+
+
+def refuse_adapter(name: str) -> None:
+    """Raise RunError for an adapter where a model is needed."""
+    if Path(name, ADAPTER_FILE).is_file():
+        raise RunError(f"{name} holds an adapter, not a model. Name the model it belongs to.")
 
 
 def refuse_unwritable(folder: Path) -> None:

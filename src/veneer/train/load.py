@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.errors import RunError
+from veneer.train.folders import refuse_adapter, refuse_run_folder
 from veneer.train.packages import require
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> "PreTrainedToke
     require("train")
     from transformers import AutoTokenizer
 
+    refuse_run_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -33,14 +35,29 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> "PreTrainedToke
 def load_model(name: str, *, revision: str | None = None, dtype: Dtype = "auto") -> "PreTrainedModel":
     """The causal language model, on the CPU, in evaluation mode."""
     require("train")
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if Path(name, "adapter_config.json").is_file():  # transformers would load it together with its base, through peft
-        raise RunError(f"{name} holds an adapter, not a model. Name the model it belongs to.")
+    refuse_run_folder(name)
+    refuse_adapter(name)  # transformers would load it together with its base, through peft
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch_dtype(dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=torch_dtype(dtype), output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise RunError(f"The weights of {name} are damaged or cut off: {error}. Get them again.") from error
+    except RuntimeError as error:
+        raise RunError(f"The weights of {name} do not fit its config.json{_reason(error)}") from error
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, error) from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise RunError(
+            f"The weights of {name} lack {len(missing)} tensors its config.json asks for, first {missing[0]}. "
+            "They would be random numbers."
+        )
+    return model
 
 
 def skeleton(name: str, *, revision: str | None = None) -> "nn.Module":
@@ -49,6 +66,8 @@ def skeleton(name: str, *, revision: str | None = None) -> "nn.Module":
     import torch
     import transformers
 
+    refuse_run_folder(name)
+    refuse_adapter(name)
     try:
         config: Any = transformers.AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -92,4 +111,16 @@ def _not_loaded(what: str, name: str, error: Exception) -> RunError:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         return RunError(f"There is no model folder {name}.")
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return RunError(f"The {what} of {name} could not be loaded: {reason}")
+    advice = ""
+    if not Path(name).is_dir():
+        advice = (
+            f"\n  There is no folder {name} here, so it was looked for on the Hugging Face hub. "
+            "Without a connection, name a folder that holds the model."
+        )
+    return RunError(f"The {what} of {name} could not be loaded: {reason}{advice}")
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first line of an error, unless it names only an option of transformers (the tensors are in its log)."""
+    line = str(error).partition("\n")[0].rstrip(":")
+    return "." if "ignore_mismatched_sizes" in line else f": {line}"

@@ -37,10 +37,12 @@ def plot_losses(losses: Curve, path: Path, *, eval_losses: Curve = (), title: st
     axes.plot(steps, smoothed(values), color=LINE, linewidth=2.2, label="smoothed")
     if eval_losses:
         axes.plot(*zip(*eval_losses, strict=True), "o-", color=ACCENT, linewidth=1.5, markersize=4, label="evaluation")
+    all_values = [*values, *(loss for _, loss in eval_losses)]
     axes.set_title(title, loc="left", color=INK, fontweight="bold")
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss per token", color=INK)
-    axes.set_ylim(bottom=0)
+    if min(all_values) <= max(all_values) / 2:  # else the curve would be a flat line at the top
+        axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

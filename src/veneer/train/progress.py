@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Column
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 24
 PLAIN_SECONDS = 10.0
+WITH_MEMORY, WITH_CLOCK, WITH_CURVE = 80, 100, 120  # how wide a terminal must be to show them
+WITHOUT_CURVE = 104  # what all the rest takes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +28,19 @@ class Step:
     seconds_left: float
     memory: int
 
+    @property
+    def loss_text(self) -> str:
+        """The loss to three digits, or a dash."""
+        return "-" if self.loss is None else f"{self.loss:.3f}"
+
     def __str__(self) -> str:
         """All of it in one line.
 
         >>> print(Step(step=10, steps=40, loss=0.5, tokens_per_second=210.4, seconds_left=75, memory=3 << 30))
         step 10/40   loss 0.500   210 tokens/s   1:15 left   3.0 GiB
         """
-        loss = "-" if self.loss is None else f"{self.loss:.3f}"
         return (
-            f"step {self.step}/{self.steps}   loss {loss}   {self.tokens_per_second:.0f} tokens/s   "
+            f"step {self.step}/{self.steps}   loss {self.loss_text}   {self.tokens_per_second:.0f} tokens/s   "
             f"{clock(self.seconds_left)} left   {self.memory / 2**30:.1f} GiB"
         )
 
@@ -106,14 +113,17 @@ class Live(Progress):
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[curve]}", style="cyan"),
-            TextColumn("{task.fields[state]}"),
-        )
+        width = self.console.width
+        columns = [
+            TextColumn("[bold]{task.description}", table_column=_one_line()),
+            BarColumn(bar_width=20 if width >= WITH_MEMORY else 8),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=_one_line()),
+        ]
+        if width >= WITH_CLOCK:
+            columns.append(TimeElapsedColumn())
+        if width >= WITH_CURVE:
+            columns.append(TextColumn("{task.fields[curve]}", style="cyan", table_column=_one_line()))
+        columns.append(TextColumn("{task.fields[state]}", table_column=_one_line()))
         self._losses = []
         with Bars(*columns, console=self.console) as self._bars:
             self._task = self._bars.add_task(text, total=1, curve="", state="")
@@ -127,13 +137,31 @@ class Live(Progress):
         """Move the bar and show the step's numbers."""
         if step.loss is not None and self._losses[-1:] != [step.loss]:
             self._losses.append(step.loss)
-        state = str(step).partition("   ")[2].replace("   ", "  ")
-        self._bars.update(self._task, completed=step.step, total=step.steps, curve=sparkline(self._losses), state=state)
+        width = self.console.width
+        parts = {
+            "loss": f"loss {step.loss_text}",
+            "speed": f"{step.tokens_per_second:.0f} tokens/s" if width >= WITH_CLOCK else "",
+            "left": f"{clock(step.seconds_left)} left",
+            "memory": f"{step.memory / 2**30:.1f} GiB" if width >= WITH_MEMORY else "",
+        }
+        self._bars.update(
+            self._task,
+            completed=step.step,
+            total=step.steps,
+            curve=sparkline(self._losses, min(SPARK_WIDTH, width - WITHOUT_CURVE)) if width >= WITH_CURVE else "",
+            state="  ".join(part for part in parts.values() if part),
+        )
 
 
 def for_console(console: "Console") -> Progress:
     """The progress that suits where the console writes."""
     return Live(console) if console.is_terminal else Plain(console)
+
+
+def _one_line() -> "Column":
+    from rich.table import Column
+
+    return Column(no_wrap=True)
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
@@ -158,6 +186,15 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "step"), counted(2, "step")
+    ('1 step', '2 steps')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def duration(seconds: float) -> str:

@@ -85,7 +85,8 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
         data, eval_data = tokenise_sets(sets, model, tokenizer, settings)
         for note in [*data.notes(), *eval_data.notes()]:
             progress.say(f"Note: {note}")
-        trainable, total = _attach(model, settings)
+        _attach(model, settings)
+        trainable, total = _counts(model)
         progress.say(
             f"{len(data.examples)} rows, {data.total:,} tokens of which {data.learned:,} are learned; "
             f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)"
@@ -109,14 +110,17 @@ def _check_output(output: Path, settings: RunConfig) -> Path | None:
     return None
 
 
-def _attach(model: "PreTrainedModel", settings: RunConfig) -> tuple[int, int]:
-    """Attach the adapter; the number of parameters that are trained, and of all."""
+def _attach(model: "PreTrainedModel", settings: RunConfig) -> None:
     import torch
 
     from veneer.integrations.transformers import add_adapter
 
     generator = torch.Generator().manual_seed(settings.training.seed)
     add_adapter(model, settings.lora.config(), generator=generator)
+
+
+def _counts(model: "PreTrainedModel") -> tuple[int, int]:
+    """The number of parameters that are trained, and of all."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
@@ -149,7 +153,7 @@ def _fit(
     history = trainer.state.log_history
     losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
     eval_losses = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable, total = _counts(model)
     return Result(
         adapter_dir=_save(model, tokenizer, output, before),
         log_file=log_file,
@@ -159,8 +163,8 @@ def _fit(
         steps=trainer.state.global_step,
         seconds=seconds,
         tokens=meter.tokens,
-        trainable=sum(n for n, trained in counts if trained),
-        total=sum(n for n, _ in counts),
+        trainable=trainable,
+        total=total,
     )
 
 

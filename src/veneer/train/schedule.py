@@ -1,9 +1,9 @@
 """The learning rate of each step, as a share of training.learning_rate.
 
-    share   1 |   ____                 linear, cosine: down to almost 0 at the last step
-              |  /    ''--..           constant: stays
-            0 +-/-----------''--
-                warmup        total    the first step already has 1 / warmup, never 0
+share   1 |   ____                 linear, cosine: down to almost 0 at the last step
+          |  /    ''--..           constant: stays
+        0 +-/-----------''--
+            warmup        total    the first step already has 1 / warmup, never 0
 """
 
 from functools import partial

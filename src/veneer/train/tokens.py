@@ -124,8 +124,8 @@ def _refuse_unusable(examples: Sequence[Example], max_length: int, too_long: Too
     if empty:
         raise DataError(
             bullet_list(
-                f"{count_rows(empty)} with a prompt that alone fills training.max_length={max_length} tokens, so nothing "
-                f"to learn would be left: {some_of(empty)}.",
+                f"{count_rows(empty)} with a prompt that alone fills training.max_length={max_length} tokens, so "
+                f"nothing to learn would be left: {some_of(empty)}.",
                 [f"training.max_length={longest} keeps all of them whole", "data.too_long=drop leaves long rows out"],
             )
         )

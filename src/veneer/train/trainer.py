@@ -23,22 +23,27 @@ class VeneerSFTTrainer(LoraTrainerMixin, SFTTrainer):
                     adapted output head, which TRL would pass by, and faster on a CPU, where TRL scores every token.
     """
 
-    def __init__(
-        self, *args: Any, meter: Meter, through_head: bool, schedule: Schedule, warmup: float, **kwargs: Any
-    ):
+    def __init__(self, *args: Any, meter: Meter, through_head: bool, schedule: Schedule, warmup: float, **kwargs: Any):
         self.meter, self.through_head = meter, through_head
-        self.schedule, self.warmup = schedule, warmup
+        self.schedule: Schedule = schedule
+        self.warmup = warmup
         self._eval_loss, self._eval_tokens = 0.0, 0
         super().__init__(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Ours, in which no step has a learning rate of 0."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = scheduler(
-                optimizer or self.optimizer, self.schedule, warmup=self.warmup, steps=num_training_steps
-            )
+            steered: Any = optimizer or self.optimizer
+            self.lr_scheduler = scheduler(steered, self.schedule, warmup=self.warmup, steps=num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One pass; nothing where the checkpoint to go on from was the last step, after which Trainer does one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""

@@ -1,0 +1,158 @@
+"""A run that was stopped goes on where it was, with what it was begun with, or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.tiny_chat import write_rows
+from train.tiny_run import WEIGHTS, Told, settings
+from veneer.errors import RunError
+from veneer.train.resume import Stopped, newest_checkpoint, trim_log
+from veneer.train.run import train
+
+
+def logged(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    whole = train(settings(chat_model, rows_file, tmp_path / "whole", save_every=2, warmup=3))
+    train(settings(chat_model, rows_file, tmp_path / "half", save_every=2, warmup=3))
+    half = tmp_path / "half"
+    torn = half / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    torn.write_text(torn.read_text()[:100])  # as if the run had been killed while it wrote this
+    told = Told()
+    with (half / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')
+    resumed = train(settings(chat_model, rows_file, half, save_every=2, warmup=3, resume=True), progress=told)
+    assert logged(half) == [1, 2, 3, 4]
+    assert any("checkpoint-2" in line for line in told.lines)
+    assert told.steps == [3, 4]
+    one, other = load_file(whole.adapter_dir / WEIGHTS), load_file(resumed.adapter_dir / WEIGHTS)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    checkpoint = {file.name for file in (half / "checkpoints" / "checkpoint-2").iterdir()}
+    assert WEIGHTS in checkpoint
+    assert "model.safetensors" not in checkpoint
+
+
+def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"found no checkpoint in .* Set training.save_every"):
+        newest_checkpoint(tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def half(chat_model: Path, rows_file: Path, tmp_path: Path) -> Path:
+    """A finished run with a checkpoint after steps 2 and 4."""
+    train(settings(chat_model, rows_file, tmp_path / "half", save_every=2))
+    return tmp_path / "half"
+
+
+def test_other_settings_are_refused_and_listed(chat_model: Path, rows_file: Path, half: Path) -> None:
+    told = Told()
+    before = (half / "run.yaml").read_bytes()
+    changed = settings(
+        chat_model, rows_file, half, resume=True, save_every=2, learning_rate=1e-3, packing=True, lora={"r": 8}
+    )
+    with pytest.raises(RunError) as caught:
+        train(changed, progress=told)
+    for line in (
+        "training.learning_rate was 0.01, is now 0.001",
+        "training.packing was false, is now true",
+        "lora.r was 4, is now 8",
+    ):
+        assert line in str(caught.value)
+    assert told.lines == []
+    assert (half / "run.yaml").read_bytes() == before
+
+
+def test_other_data_is_refused(chat_model: Path, rows_file: Path, half: Path, tmp_path: Path) -> None:
+    lines = rows_file.read_text().splitlines(keepends=True)
+    rows_file.write_text("".join(reversed(lines)))
+    with pytest.raises(RunError, match="data.train holds other rows than before"):
+        train(settings(chat_model, rows_file, half, resume=True, save_every=2))
+    rows_file.write_text("".join(lines[1:]))
+    with pytest.raises(RunError, match="data.train held 12 rows, holds 11 now"):
+        train(settings(chat_model, rows_file, half, resume=True, save_every=2))
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("".join(lines))
+    with pytest.raises(RunError, match="data.eval was null, is now set"):
+        train(settings(chat_model, moved, half, resume=True, save_every=2, data={"eval": str(moved)}))
+    train(settings(chat_model, moved, half, resume=True, save_every=2, max_steps=5))
+
+
+def test_length_and_saving_may_change_and_count(chat_model: Path, rows_file: Path, half: Path) -> None:
+    changed = settings(chat_model, rows_file, half, resume=True, save_every=3, max_steps=7, log_every=2)
+    assert train(changed).steps == 7
+    assert logged(half) == [1, 2, 3, 4, 6, 7]
+    assert (half / "checkpoints" / "checkpoint-6").is_dir()
+    assert newest_checkpoint(half / "checkpoints").name == "checkpoint-7"
+
+
+def test_a_finished_run_can_go_on_to_nothing_more(chat_model: Path, rows_file: Path, half: Path) -> None:
+    before = load_file(half / "adapter" / WEIGHTS)
+    assert train(settings(chat_model, rows_file, half, resume=True, save_every=2)).steps == 4
+    after = load_file(half / "adapter" / WEIGHTS)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(RunError, match="checkpoint-4 is past training.max_steps=3"):
+        train(settings(chat_model, rows_file, half, resume=True, save_every=2, max_steps=3))
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "data.json"])
+def test_without_a_record_nothing_goes_on(chat_model: Path, rows_file: Path, half: Path, name: str) -> None:
+    (half / name).unlink()
+    with pytest.raises(RunError, match=f"needs .*{name}, which says what the checkpoints were made with"):
+        train(settings(chat_model, rows_file, half, resume=True, save_every=2))
+    if name == "data.json":
+        (half / name).write_text('{"data.train": 3}')
+        with pytest.raises(RunError, match="data.json is damaged"):
+            train(settings(chat_model, rows_file, half, resume=True, save_every=2))
+
+
+class Interrupting(Told):
+    """Presses Ctrl-C after the third step."""
+
+    def step(self, step) -> None:
+        super().step(step)
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_what_is_kept(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Stopped) as stop:
+        train(settings(chat_model, rows_file, out, save_every=2), progress=Interrupting())
+    assert str(stop.value) == (
+        f"Stopped at step 3/4. Kept: checkpoint-2. Go on with: veneer train {out / 'run.yaml'} training.resume=true"
+    )
+    with pytest.raises(Stopped, match=r"Stopped at step 3/4\. Nothing was saved; training.save_every=… keeps"):
+        train(settings(chat_model, rows_file, out, overwrite=True), progress=Interrupting())
+    assert not (out / "checkpoints").exists()
+
+
+def test_a_loss_that_is_no_number_names_the_adapter_that_is_kept(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.train.trainer import VeneerSFTTrainer
+
+    compute = VeneerSFTTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 3 else loss
+
+    monkeypatch.setattr(VeneerSFTTrainer, "compute_loss", broken)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(RunError, match=r"at step 4.*\n.*\n  The adapter of step 2 is kept: .*checkpoint-2$"):
+        train(settings(chat_model, rows, tmp_path / "out", save_every=2))
+
+
+def test_a_log_is_cut_back_to_a_step(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    trim_log(file, 3)
+    assert not file.exists()
+    file.write_text('{"step": 1}\n{"step": 3}\n{"step": 3, "eval_loss": 1}\n{"step": 4}\n{"st')
+    trim_log(file, 3)
+    assert file.read_text() == '{"step": 1}\n{"step": 3}\n{"step": 3, "eval_loss": 1}\n'
