@@ -50,8 +50,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_trainer_example_runs():
-    import tiny
     from trl import SFTTrainer
+
+    import tiny
 
     names = {"base": tiny.llama(), "SFTTrainer": SFTTrainer}
     exec("from veneer import LoraConfig\n" + BLOCKS[1], names)

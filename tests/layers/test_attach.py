@@ -14,9 +14,9 @@ from veneer.errors import AttachError
 from veneer.init import Factors
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import Adapted, attach, detach
-from veneer.layers.swap import base_class, made_class
 from veneer.layers.kinds import LINEAR
 from veneer.layers.route import Route
+from veneer.layers.swap import base_class, made_class
 
 
 def an_adapter(layer: nn.Linear, rank: int = 2) -> Adapter:
