@@ -17,7 +17,7 @@ test-slow: .venv/.dev  ## the tests on real models and whole commands
 check: .venv/.dev  ## style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath .venv/bin/python
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
