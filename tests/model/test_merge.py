@@ -33,7 +33,8 @@ def test_unmerging_is_exact_however_often(dtype, dora):
     before = state(model)
     for _ in range(5):
         model.merge_adapter()
-        assert not torch.equal(state(model)["base_model.model.lm_head.weight"], torch.zeros(1))
+        name = "base_model.model.model.layers.0.self_attn.q_proj.weight"
+        assert not torch.equal(state(model)[name], before[name]), "nothing was merged: a void test"
         model.unmerge_adapter()
     assert_same(state(model), before)
 
