@@ -34,6 +34,12 @@ GOOD = {
     "rank_pattern": [{}, {"q_proj": 4}, {r"layers\.[01]\..*": 1}, None],
     "alpha_pattern": [{}, {"q_proj": 0.5}, None],
     "use_dora": [True, False],
+    "lora_bias": [True, False],
+    "target_parameters": [None, [], ["mlp.experts.gate_up_proj"]],
+    "trainable_token_indices": [None, [], {}, [0, 7], {"embed_tokens": [3]}],
+    "layer_replication": [None, [], [(0, 2), (1, 3)], [[0, 4]]],
+    "ensure_weight_tying": [True, False],
+    "alora_invocation_tokens": [None, [1, 2, 1]],
 }
 
 BAD = {
@@ -70,6 +76,12 @@ BAD = {
     "rank_pattern": [{"q": 0}, {"q": 4.0}, {"q": "4"}, {"(q": 4}, {1: 4}, {"": 4}, ["q"], {"q": 10**9}],
     "alpha_pattern": [{"q": "64"}, {"q": 0}, {"q": NAN}, {"q": INF}, {"q": None}, {"(q": 1}, {"q": 10**400}],
     "use_dora": ["yes", 1, None],
+    "lora_bias": ["yes", 1, None],
+    "target_parameters": ["experts.down_proj", [""], [1], ["a", "a"]],
+    "trainable_token_indices": [[-1], [1, 1], [1.0], {"": [1]}, {"embed": []}, {"embed": [True]}, 3, "1"],
+    "layer_replication": [[(2, 2)], [(3, 1)], [(-1, 2)], [(1,)], [1, 2], "0-4", [("0", "4")]],
+    "ensure_weight_tying": ["yes", 1, None],
+    "alora_invocation_tokens": [[], [-1], ["a"], 5, [True], "text"],
 }
 
 
@@ -155,7 +167,7 @@ def test_all_linear_goes_with_layers():
         ({"dropout": 0.1}, "did you mean 'lora_dropout'?"),
         ({"target_module": ["q"]}, "did you mean 'target_modules'?"),
         ({"zzz": 1}, "zzz: no such field"),
-        ({"target_parameters": ["w"]}, "target_parameters=['w']: not available yet; leave it out"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config={'beta': 1}: not available yet; leave it out"),
         ({"use_qalora": True}, "use_qalora=True: not available yet"),
         ({"loftq_config": {"bits": 4}}, "not available yet"),
         ({"peft_type": "IA3"}, "only 'LORA' adapters can be used"),
@@ -239,7 +251,7 @@ def test_a_misspelt_assignment_is_refused():
     with pytest.raises(UnknownFieldError, match="did you mean 'lora_alpha'"):
         LoraConfig().lora_aplha = 32
     with pytest.raises(UnknownFieldError, match="not available yet"):
-        LoraConfig().trainable_token_indices = {"embed_tokens": [1]}
+        LoraConfig().kasa_config = {"beta": 1}
 
 
 def test_changed_is_an_independent_copy():
@@ -407,8 +419,7 @@ def test_a_file_must_say_what_cannot_be_guessed(name):
         ({"lora_alpah": 64}, "lora_alpah=64: unknown field, did you mean 'lora_alpha'\\?; it may change"),
         ({"new_feature": {"x": 1}}, "new_feature={'x': 1}: unknown field; it may change what the adapter computes"),
         ({"use_qalora": True}, "use_qalora=True: not available yet"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=\\[1\\]: not available yet"),
-        ({"trainable_token_indices": {"embed": [1]}}, "not available yet"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config={'beta': 1}: not available yet"),
         ({"r": "8"}, "r='8': must be an integer"),
         ({"use_rslora": "false"}, "use_rslora='false': must be True or False"),
         ({"use_dora": "yes"}, "use_dora='yes'"),

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import veneer
 from veneer.functional import dora
-from veneer.init import Weight, initialise
+from veneer.init import Factors, Weight, initialise
 from veneer.layers.adapter import RULES, Adapter
 from veneer.layers.attach import attach
 from veneer.layers.kinds import KINDS, Kind, class_name, kind_of, register_kind
@@ -50,6 +50,46 @@ def test_the_merged_weight_gives_the_same_output(name, rule):
     with torch.no_grad():
         layer.weight.copy_(adapter.merged(base, base))
     assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_a_start_that_is_taken_off_the_base(name, rule):
+    """The adapter begins as nothing, and is then what a residual base with the trained factors computes."""
+    layer, x, adapter, route = make(name, "add")
+    base, before = layer.weight.detach().clone(), layer(x)
+    start = Factors(adapter.lora_A.detach().clone(), adapter.lora_B.detach().clone())
+    W_OI = adapter.kind.to_matrix(base)
+    magnitude = adapter.kind.row_norms(base) if rule == "dora" else None
+    mine = Adapter(adapter.kind, start, scale=0.7, start=start, magnitude=magnitude).double()
+    mine.lora_A = nn.Parameter(start.A.clone())
+    mine.lora_B = nn.Parameter(start.B.clone())
+    attach(layer, "a", mine, route)
+    assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        mine.lora_A.mul_(1.5).add_(0.1)
+        mine.lora_B.mul_(0.5).sub_(0.2)
+    V_OI = W_OI - 0.7 * start.B @ start.A + 0.7 * mine.lora_B @ mine.lora_A
+    if magnitude is not None:
+        V_OI = V_OI * (magnitude / V_OI.norm(dim=1)).unsqueeze(1)
+    found = layer(x)
+    with torch.no_grad():
+        layer.weight.copy_(adapter.kind.from_matrix(V_OI, base.shape))
+        assert_close(layer.weight, mine.merged(base, base), rtol=1e-12, atol=1e-12)
+    route.set(enabled=False)
+    assert_close(found, layer(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear without bias", "conv1d"])
+def test_a_bias_of_its_own(name):
+    layer, x, adapter, route = make(name, "add")
+    before = layer(x)
+    factors = Factors(adapter.lora_A.detach(), adapter.lora_B.detach())
+    mine = Adapter(adapter.kind, factors, scale=0.7, bias=torch.randn(5, dtype=torch.float64))
+    attach(layer, "a", mine, route)
+    delta = mine.delta(layer.weight.shape, torch.float64)
+    assert_close(layer(x), before + x @ adapter.kind.to_matrix(delta).T + 0.7 * mine.lora_bias)
+    assert_close(mine.bias_delta(torch.float64), 0.7 * mine.lora_bias)
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
@@ -168,11 +208,6 @@ def test_a_kind_of_ones_own(monkeypatch):
         "doubling",
         dims=lambda layer: tuple(layer.weight.shape),
         update=lambda layer, x, A, B, scale, p: 2 * linear.update(layer, x, A, B, scale, p),
-        base_update=linear.base_update,
-        to_matrix=linear.to_matrix,
-        from_matrix=linear.from_matrix,
-        inits=linear.inits,
-        linear=True,
     )
     register_kind(Doubling, mine)
     assert kind_of(Doubling()) is mine

@@ -5,19 +5,24 @@ import torch
 
 import tiny
 import veneer
-from veneer.layers.route import Route, RoutedCheckpoint
+from veneer.errors import AttachError
+from veneer.layers.route import Part, Route, RoutedCheckpoint, parts_of
+
+
+def planned(route: Route) -> tuple[str, ...]:
+    return tuple(step.name for step in route.plan)
 
 
 def test_what_follows_from_what_is_chosen():
     route = Route()
     route.set(active=("a", "b"))
-    assert (route.acting, route.plan) == (("a", "b"), ("a", "b"))
+    assert (route.acting, planned(route)) == (("a", "b"), ("a", "b"))
     route.set(merged=("a",))
-    assert (route.acting, route.plan) == (("a",), ())
+    assert (route.acting, planned(route)) == (("a",), ())
     route.set(enabled=False)
-    assert (route.acting, route.plan) == ((), ())
+    assert (route.acting, planned(route)) == ((), ())
     route.set(enabled=True, merged=())
-    assert route.plan == ("a", "b")
+    assert planned(route) == ("a", "b")
 
 
 def test_following_ends_with_its_block_even_by_an_error():
@@ -25,7 +30,51 @@ def test_following_ends_with_its_block_even_by_an_error():
     route.set(active=("a",))
     with pytest.raises(ZeroDivisionError), route.following((), ()):
         _ = 1 / len(route.plan)
-    assert route.plan == ("a",)
+    assert planned(route) == ("a",)
+
+
+ROWS = ["a", "b", None, "a"]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_each_row_gets_its_own_update(times):
+    x, y = torch.randn(4 * times, 5), torch.randn(4 * times, 5)
+    updates = {"a": lambda x, y: y + x, "b": lambda x, y: y * x}
+    found = y
+    for name, part in parts_of(ROWS).items():
+        found = part.through(updates[name], x, found)
+    for row, name in enumerate(ROWS):
+        for i in range(row * times, (row + 1) * times):
+            expected = y[i] if name is None else updates[name](x[i], y[i])
+            assert torch.equal(found[i], expected)
+
+
+def test_a_part_of_the_tokens():
+    x, y = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[False, True, True], [False, False, True]])
+    part = Part(2, tokens=mask)
+    found = part.through(lambda x, y: y + x, x, y)
+    assert torch.equal(found, torch.where(mask.unsqueeze(-1), y + x, y))
+    flat = part.through(lambda x, y: y + x, x.flatten(0, 1), y.flatten(0, 1))
+    assert torch.equal(flat, found.flatten(0, 1))
+    beams = part.through(lambda x, y: y + x, x.repeat_interleave(2, 0), y.repeat_interleave(2, 0))
+    assert torch.equal(beams, found.repeat_interleave(2, 0))
+
+
+def test_a_batch_of_another_size_is_refused():
+    part = parts_of(ROWS)["a"]
+    with pytest.raises(AttachError, match="got 6 rows where the batch has 4"):
+        part.through(lambda x, y: y, torch.zeros(6, 2), torch.zeros(6, 2))
+    with pytest.raises(AttachError, match="on which of them the adapter acts cannot be told"):
+        Part(2, tokens=torch.ones(2, 3, dtype=torch.bool)).through(lambda x, y: y, torch.zeros(2, 2), torch.zeros(2, 2))
+
+
+def test_serving_ends_with_its_block():
+    route = Route()
+    route.set(active=("c",))
+    with route.serving(parts_of(ROWS)):
+        assert (route.acting, planned(route)) == (("a", "b"), ("a", "b"))
+    assert (route.acting, planned(route)) == (("c",), ("c",))
 
 
 def checkpointed(reentrant: bool) -> veneer.PeftModel:

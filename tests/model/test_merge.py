@@ -101,7 +101,7 @@ def test_an_overflow_is_refused_and_changes_nothing(call):
     with torch.no_grad():
         last.lora_B.fill_(6e4)
     before = state(model)
-    with pytest.raises(MergeError, match=r"1 weight\(s\) would hold NaN or infinity[\s\S]*layers.1.mlp.down_proj"):
+    with pytest.raises(MergeError, match=r"1 weight\(s\)[\s\S]*layers.1.mlp.down_proj.* would hold NaN or infinity"):
         getattr(model, call)()
     assert_same(state(model), before)
     assert model.active_adapters == ["default"]

@@ -45,6 +45,8 @@ MORE: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "embedding-dora", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     ("llama", "head", {"target_modules": ["q_proj", "lm_head"]}),
     ("llama", "saved", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    ("gpt2", "bias-of-its-own", {"lora_bias": True}),
+    ("bert", "bias-of-its-own", {"lora_bias": True, "use_rslora": True, "bias": "lora_only"}),
     ("gpt2", "wte", {"target_modules": ["c_proj", "wte"], "fan_in_fan_out": True}),
 ]
 CASES = [

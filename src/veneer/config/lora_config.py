@@ -5,6 +5,7 @@ Field names, defaults and JSON are PEFT's, so that an `adapter_config.json` writ
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -22,21 +23,15 @@ _Class = TypeVar("_Class")
 
 # Fields of PEFT 0.21 that Veneer does not have yet, with the value that means "not used".
 NOT_YET: Mapping[str, Any] = {
-    "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
-    "layer_replication": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "monteclora_config": None,
     "runtime_config": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -98,6 +93,14 @@ class LoraConfig:
     layers_pattern    the name (or names) of the list of layers that number belongs to
     rank_pattern      {name or regular expression for the end of a path: rank} for layers that differ
     alpha_pattern     {the same: alpha}
+    lora_bias         add a trained bias to each update
+    target_parameters names of parameters to adapt that are no layer's weight: fused experts, say
+    trainable_token_indices  tokens whose rows of the embedding are trained in full: a list for the input embedding, or
+                      {name of an embedding: list}
+    layer_replication [(start, end), …]: build the stack of layers from these stretches of itself, sharing weights
+    ensure_weight_tying  let what is trained on tied embeddings stay tied
+    alora_invocation_tokens  the adapter acts on tokens from the last occurrence of these on (activated LoRA,
+                      https://arxiv.org/abs/2504.12397)
 
     Raises ConfigError naming every field that is wrong, its value and what is allowed.
     """
@@ -121,6 +124,12 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    ensure_weight_tying: bool = False
+    alora_invocation_tokens: list[int] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     _agreed: ClassVar[dict[str, Any] | None] = None  # of a config in use: what its adapter was made with
@@ -263,7 +272,17 @@ def _not_a_field(name: str, value: Any) -> str | None:
     return f"{name}: no such field{f', did you mean {alias!r}?' if alias else did_you_mean(name, _field_names())}"
 
 
-_NAME_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+_NAME_LISTS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "layer_replication",
+)
 
 
 def _tidied(name: str, value: Any) -> Any:
@@ -281,12 +300,16 @@ def _tidied(name: str, value: Any) -> Any:
             return {}
         case "lora_alpha", float() if value.is_integer():
             return int(value)  # some servers read whole numbers only
-        case "layers_to_transform", []:
+        case "layers_to_transform" | "target_parameters" | "layer_replication", []:
             return None
+        case "trainable_token_indices", list() | dict() if not value:
+            return None
+        case "layer_replication", list() if all(isinstance(pair, list | tuple) for pair in value):
+            return [tuple(pair) for pair in value]
         case "task_type", str() if value in list(TaskType):
             return TaskType(value)
     return value
 
 
 def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, list | dict) else value
+    return deepcopy(value) if isinstance(value, list | dict) else value

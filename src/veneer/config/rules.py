@@ -76,6 +76,23 @@ def _is_init(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and value in INITS)
 
 
+def _is_indices(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(_is_int(index, 0) for index in value)
+        and len(set(value)) == len(value)
+    )
+
+
+def _all_indices(value: dict[str, Any]) -> bool:
+    return all(map(_is_indices, value.values()))
+
+
+def _is_stretch(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and _is_int(value[0], 0) and _is_int(value[1], value[0] + 1)
+
+
 _NAMES_OR_PATTERN = "must be a list of different module names, or one regular expression as a string"
 
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -119,6 +136,24 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "must map names or regular expressions to positive finite numbers",
     ),
     "use_dora": (lambda v: isinstance(v, bool), "must be True or False (a string is neither)"),
+    "lora_bias": (lambda v: isinstance(v, bool), "must be True or False (a string is neither)"),
+    "target_parameters": (
+        _or_none(_is_names),
+        "must be None or a list of different parameter names, such as 'mlp.experts.gate_up_proj'",
+    ),
+    "trainable_token_indices": (
+        _or_none(lambda v: _is_indices(v) or (isinstance(v, dict) and all(map(_is_text, v)) and _all_indices(v))),
+        "must be None, a list of different token numbers, or such lists by the name of an embedding",
+    ),
+    "layer_replication": (
+        _or_none(lambda v: isinstance(v, list) and bool(v) and all(map(_is_stretch, v))),
+        "must be None or a list of (start, end) with 0 <= start < end",
+    ),
+    "ensure_weight_tying": (lambda v: isinstance(v, bool), "must be True or False (a string is neither)"),
+    "alora_invocation_tokens": (
+        _or_none(lambda v: isinstance(v, list) and bool(v) and all(_is_int(token, 0) for token in v)),
+        "must be None or the token numbers of the text that invokes the adapter, in order",
+    ),
 }
 
 
@@ -136,4 +171,12 @@ def clashes(config: "LoraConfig") -> list[str]:
     if isinstance(config.target_modules, list):
         for name in sorted(set(config.target_modules) & set(config.modules_to_save or [])):
             problems.append(f"{name} is in both target_modules and modules_to_save: choose one")
+    if config.lora_bias and config.use_dora:
+        problems.append(
+            "lora_bias cannot go with use_dora: a magnitude decomposes a weight, and has no place for a bias"
+        )
+    if config.lora_bias and not isinstance(config.init_lora_weights, bool):
+        problems.append(
+            f"lora_bias goes with init_lora_weights True or False only, not with {config.init_lora_weights!r}"
+        )
     return problems

@@ -18,7 +18,7 @@ def scaling(alpha: float, rank: int, *, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def update_linear(x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+def update_linear(x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float | Tensor) -> Tensor:
     """s · B A x, for x of shape (..., I); returns (..., O).
 
     The scale multiplies the rank-thin product, which costs R instead of O a row.
@@ -27,7 +27,7 @@ def update_linear(x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor
 
 
 def update_embedding(
-    ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, *, padding_idx: int | None = None
+    ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float | Tensor, *, padding_idx: int | None = None
 ) -> Tensor:
     """s · B A onehot(ids), for integer ids of shape (...); returns (..., O).
 
@@ -36,7 +36,7 @@ def update_embedding(
     return F.linear(F.embedding(ids, A_RV.T, padding_idx=padding_idx) * scale, B_OR)
 
 
-def delta(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+def delta(A_RI: Tensor, B_OR: Tensor, scale: float | Tensor) -> Tensor:
     """The update as a weight, s · B A, of shape (O, I)."""
     return (B_OR * scale) @ A_RI
 

@@ -1,7 +1,7 @@
 """One adapter on one layer: its factors, and the rule by which they join the layer's output.
 
 A rule is a pair of twins: `forward` on activations, `merged` on the weight. One test ties them.
-Shapes: I in, O out, R rank; `...` any leading dimensions.
+Shapes: I in, O out, R rank; `...` any leading dimensions. A and B have the shapes that their kind gives them.
 """
 
 from collections.abc import Callable
@@ -10,30 +10,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.functional import dora, lowrank
+from veneer.functional import dora
 from veneer.init import Factors
-from veneer.layers.kinds import Kind, Layer
+from veneer.layers.kinds import Kind, Layer, Number
 from veneer.layers.weights import read
 
 
 class Adapter(nn.Module):
-    """A of shape (R, I), B of shape (O, R), for DoRA a magnitude m of shape (O,), and how they are used."""
+    """A of shape (R, I), B of shape (O, R), for DoRA a magnitude m of shape (O,), and how they are used.
+
+    An adapter whose start is taken off the base (PiSSA, say) keeps A and B as they were at the start, A₀ and B₀, and
+    is the update s·(BA − B₀A₀). So the base stays what it was, and the update is one of rank 2R.
+
+    trained_scale  the factor of the update that A and B were trained with
+    scale          the factor that is used
+    lora_bias      a trained bias of shape (O,), scaled like the update, or None
+    """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
     lora_magnitude: nn.Parameter | None
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(
-        self, kind: Kind, factors: Factors, *, scale: float, dropout: float = 0.0, magnitude: Tensor | None = None
+        self,
+        kind: Kind,
+        factors: Factors,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        magnitude: Tensor | None = None,
+        bias: Tensor | None = None,
+        start: Factors | None = None,
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.scale = scale
+        self.trained_scale = scale
+        self.scale: Number = scale
         self.dropout = dropout
         self.rule = "add" if magnitude is None else "dora"
         self.lora_A = nn.Parameter(factors.A)
         self.lora_B = nn.Parameter(factors.B)
+        self.register_parameter("lora_bias", None if bias is None else nn.Parameter(bias))
         self.register_parameter("lora_magnitude", None if magnitude is None else nn.Parameter(magnitude))
+        self.register_buffer("start_A", None if start is None else start.A)
+        self.register_buffer("start_B", None if start is None else start.B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the whole update: the trained ones, and those of the start with the sign turned."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     def forward(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
         """(layer input, layer output so far) -> layer output with this adapter, in y's dtype."""
@@ -42,14 +71,23 @@ class Adapter(nn.Module):
         p = self.dropout if self.training else 0.0
         return RULES[self.rule].forward(self, x, y, layer, p).to(y.dtype)
 
+    def delta(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The update as a weight of this shape, computed in this dtype."""
+        A, B = self.factors()
+        return self.kind.weight_delta(A.to(dtype), B.to(dtype), self.scale, shape)
+
     def merged(self, W: Tensor, base: Tensor) -> Tensor:
         """The weight W with this adapter in it; `base` is the weight before any adapter. Both in one dtype."""
         return RULES[self.rule].merged(self, W, base)
 
+    def bias_delta(self, dtype: torch.dtype) -> Tensor | None:
+        """What the adapter adds to the layer's bias, of shape (O,); None if nothing."""
+        return None if self.lora_bias is None else self.lora_bias.to(dtype) * self.scale
+
     def extra_repr(self) -> str:
         """What `print(model)` shows of the adapter."""
         rank = self.lora_A.shape[0]
-        return f"{self.rule}, rank={rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+        return f"{self.rule}, rank={rank}, scale={float(self.scale):g}, dropout={self.dropout:g}"
 
 
 @dataclass(frozen=True)
@@ -61,30 +99,37 @@ class Rule:
 
 
 def _add_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: Layer, p: float) -> Tensor:
-    return y + adapter.kind.update(layer, x, adapter.lora_A, adapter.lora_B, adapter.scale, p)
+    A, B = adapter.factors()
+    u = adapter.kind.update(layer, x, A, B, adapter.scale, p)
+    if adapter.lora_bias is not None:
+        u = u + adapter.kind.spread(adapter.lora_bias * adapter.scale, u)
+    return y + u
 
 
 def _add_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
-    delta = lowrank.delta(adapter.lora_A.to(W.dtype), adapter.lora_B.to(W.dtype), adapter.scale)
-    return W + adapter.kind.from_matrix(delta)
+    return W + adapter.delta(W.shape, W.dtype)
 
 
 def _dora_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: Layer, p: float) -> Tensor:
-    A_RI, B_OR, m_O = adapter.lora_A, adapter.lora_B, adapter.lora_magnitude
+    kind, m_O = adapter.kind, adapter.lora_magnitude
+    A, B = adapter.factors()
     assert m_O is not None
-    W_OI = adapter.kind.to_matrix(read(layer).to(A_RI.dtype))
-    g_O = dora.gain(m_O, dora.row_norms(W_OI, A_RI, B_OR, adapter.scale))
-    base, u = adapter.kind.base_update(layer, x, y, A_RI, B_OR, adapter.scale, p)
+    W = read(layer).to(A.dtype)
+    with torch.no_grad():  # the paper (section 4.3) treats the norm as a constant in the backward pass
+        norms_O = kind.row_norms(W + adapter.delta(W.shape, W.dtype))
+    g_O = kind.spread(dora.gain(m_O, norms_O), y)
+    base, u = kind.base_update(layer, x, y, kind.to_matrix(W), A, B, adapter.scale, p)
     return y + (g_O - 1) * base + g_O * u
 
 
 def _dora_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
-    kind, A_RI, B_OR = adapter.kind, adapter.lora_A.to(W.dtype), adapter.lora_B.to(W.dtype)
+    kind = adapter.kind
     assert adapter.lora_magnitude is not None
-    norms_O = dora.row_norms(kind.to_matrix(base), A_RI, B_OR, adapter.scale)
+    delta = adapter.delta(W.shape, W.dtype)
+    with torch.no_grad():
+        norms_O = kind.row_norms(base + delta)
     g_O = dora.gain(adapter.lora_magnitude.to(W.dtype), norms_O)
-    V_OI = torch.addmm(kind.to_matrix(W), B_OR, A_RI, alpha=adapter.scale)
-    return kind.from_matrix(V_OI * g_O.unsqueeze(1))
+    return kind.from_matrix(kind.to_matrix(W + delta) * g_O.unsqueeze(1), W.shape)
 
 
 RULES: dict[str, Rule] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from veneer.layers import swap
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.route import Route
+from veneer.layers.route import Part, Route
 
 CHILD = "adapters"
 
@@ -34,11 +34,16 @@ class Adapted(swap.Front):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the adapters of the route's plan added in order."""
         y = super().forward(*args, **kwargs)
-        for name in self._veneer_route.plan:
-            if name in self.adapters:
+        for step in self._veneer_route.plan:
+            if step.name in self.adapters:
                 x = args[0] if args else next(iter(kwargs.values()))
-                y = self.adapters[name](x, y, self)
+                y = self._add(self.adapters[step.name], step.part, x, y)
         return y
+
+    def _add(self, adapter: Adapter, part: Part | None, x: Tensor, y: Tensor) -> Tensor:
+        if part is None:
+            return adapter(x, y, self)
+        return part.through(lambda x, y: adapter(x, y, self), x, y)
 
 
 def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
@@ -53,6 +58,11 @@ def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
         swap.place(layer, Adapted)
     else:
         layer.adapters[name] = adapter.train(layer.training)
+
+
+def adapter_on(layer: Layer, name: str, parameter: str = "weight") -> Adapter:
+    """Adapter `name` on this weight of the layer."""
+    return layer.adapters[name]
 
 
 def detach(layer: Layer, name: str) -> None:

@@ -1,8 +1,77 @@
-"""Which adapters act. One `Route` is shared by all layers of a model and is all they look at."""
+"""Which adapters act, and on which part of a batch. One `Route` is shared by all layers of a model and is all they
+look at.
 
-from collections.abc import Callable, Iterator
+Shapes: N rows of a batch, T tokens; `...` any further dimensions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AttachError
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The part of a batch that an adapter serves.
+
+    batch   N, how many rows the batch has
+    rows    which of them, as indices; None for all
+    tokens  (N, T), True where the adapter acts; None for all tokens
+    """
+
+    batch: int
+    rows: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def through(self, update: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """y with `update(x, y)` in place of this part of it.
+
+        A layer may see each row several times in a run: its tokens one below the other, or its beams.
+        Raises AttachError if the layer's input is no such batch.
+        """
+        times, rest = divmod(x.shape[0], self.batch)
+        if rest or not times:
+            raise AttachError(
+                f"A layer got {x.shape[0]} rows where the batch has {self.batch}: which adapter serves which of them "
+                "cannot be told. Choose one adapter for the whole batch with set_adapter."
+            )
+        if self.rows is None:
+            new = update(x, y)
+        else:
+            rows = self._repeated(self.rows.to(x.device), times)
+            new = y.index_copy(0, rows, update(x.index_select(0, rows), y.index_select(0, rows)))
+        return new if self.tokens is None else torch.where(self._mask(y, times), new, y)
+
+    @staticmethod
+    def _repeated(rows: Tensor, times: int) -> Tensor:
+        if times == 1:
+            return rows
+        return (rows.unsqueeze(1) * times + torch.arange(times, device=rows.device)).reshape(-1)
+
+    def _mask(self, y: Tensor, times: int) -> Tensor:
+        assert self.tokens is not None
+        tokens = self.tokens.to(y.device)
+        if y.dim() == 2 and times == tokens.shape[1]:
+            return tokens.reshape(-1, 1)
+        if y.dim() < 3 or y.shape[1] != tokens.shape[1]:
+            raise AttachError(
+                f"A layer's output has the shape {list(y.shape)} where rows have {tokens.shape[1]} tokens: on which of "
+                "them the adapter acts cannot be told. Leave the layer out of target_modules."
+            )
+        return tokens.repeat_interleave(times, 0).unsqueeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One adapter's turn in a forward pass, for the whole batch or a part of it."""
+
+    name: str
+    part: Part | None = None
 
 
 class Route:
@@ -12,7 +81,7 @@ class Route:
     enabled  False while adapters are disabled
     merged   the adapters that are part of the weights just now, and so must not be added again
     acting   what follows: the adapters whose effect the output has, added or merged
-    plan     and those of them that layers must add
+    plan     and those of them that layers must add, each with its part of the batch
     """
 
     def __init__(self) -> None:
@@ -20,7 +89,7 @@ class Route:
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.acting: tuple[str, ...] = ()
-        self.plan: tuple[str, ...] = ()
+        self.plan: tuple[Step, ...] = ()
 
     def set(
         self,
@@ -34,10 +103,10 @@ class Route:
         self.enabled = self.enabled if enabled is None else enabled
         self.merged = self.merged if merged is None else merged
         self.acting = (self.merged or self.active) if self.enabled else ()
-        self.plan = () if self.merged else self.acting
+        self.plan = () if self.merged else tuple(map(Step, self.acting))
 
     @contextmanager
-    def following(self, acting: tuple[str, ...], plan: tuple[str, ...]) -> Iterator[None]:
+    def following(self, acting: tuple[str, ...], plan: tuple[Step, ...]) -> Iterator[None]:
         """Within the block, layers read these, whatever is chosen outside."""
         outside = self.acting, self.plan
         self.acting, self.plan = acting, plan
@@ -45,6 +114,21 @@ class Route:
             yield
         finally:
             self.acting, self.plan = outside
+
+    @contextmanager
+    def serving(self, parts: Mapping[str, Part]) -> Iterator[None]:
+        """Within the block, each adapter serves its part of the batch."""
+        with self.following(tuple(parts), tuple(Step(name, part) for name, part in parts.items())):
+            yield
+
+
+def parts_of(names: Sequence[str | None], *, device: torch.device | None = None) -> dict[str, Part]:
+    """The rows of each adapter, given the name for each row of a batch; None for a row that gets no adapter."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if name is not None:
+            rows.setdefault(name, []).append(row)
+    return {name: Part(len(names), torch.tensor(mine, device=device)) for name, mine in rows.items()}
 
 
 class RoutedCheckpoint:

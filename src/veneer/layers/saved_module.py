@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from veneer.errors import AttachError
 from veneer.layers import swap
 from veneer.layers.attach import Adapted
 from veneer.layers.kinds import Layer
-from veneer.layers.route import Route
+from veneer.layers.route import Route, Step
 
 CHILD = "modules_to_save"
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -31,11 +32,29 @@ class Saved(swap.Front):
     _veneer_route: Route
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the copy that acts, or of the module itself."""
+        """The output of the copy that acts, or of the module itself; row by row where adapters serve parts."""
+        steps = [step for step in self._veneer_route.plan if step.part is not None]
+        if steps:
+            return self._by_parts(steps, *args, **kwargs)
         for name in reversed(self._veneer_route.acting):
             if name in self.modules_to_save:
                 return self.modules_to_save[name](*args, **kwargs)
         return super().forward(*args, **kwargs)
+
+    def _by_parts(self, steps: list[Step], *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(*args, **kwargs)
+        for step in steps:
+            if step.name not in self.modules_to_save:
+                continue
+            if len(args) + len(kwargs) != 1 or not isinstance(y, Tensor):
+                raise AttachError(
+                    f"{swap.base_class(self).__name__} is trained in full and takes more than one input or returns "
+                    "more than one tensor, so it cannot serve each row by its own adapter. Use set_adapter."
+                )
+            assert step.part is not None
+            copy, x = self.modules_to_save[step.name], args[0] if args else next(iter(kwargs.values()))
+            y = step.part.through(lambda x, y, copy=copy: copy(x).to(y.dtype), x, y)
+        return y
 
 
 class SavedSequential(Saved):

@@ -1,20 +1,16 @@
 """Attach and detach adapters, and choose which act. Plan, then act: nothing changes if anything is wrong."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-import torch
 from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import MergeError
-from veneer.functional import dora
-from veneer.init import Factors, Weight, initialise
 from veneer.layers import attach, saved_module
-from veneer.layers.adapter import Adapter
-from veneer.layers.bias import TrainedBiases
-from veneer.layers.kinds import Layer
 from veneer.layers.route import RoutedCheckpoint
-from veneer.layers.weights import home, read
+from veneer.layers.stand_in import StandIns
+from veneer.model.make import new_adapter, saved_adapter
 from veneer.model.overlay import (
     Overlay,
     hang,
@@ -25,11 +21,8 @@ from veneer.model.overlay import (
     take_down,
 )
 from veneer.model.plan import Plan, plan
-from veneer.model.tensors import copy_tensors, factor_keys
-from veneer.storage import keys
-from veneer.targets import Resolution, Site
-
-_HALF = (torch.float16, torch.bfloat16)
+from veneer.model.tensors import copy_tensors
+from veneer.targets import Resolution
 
 
 def add_adapter(
@@ -62,14 +55,17 @@ def carry_out(
     tensors  the adapter's values by their names in an adapter file, already checked; None to initialise
     """
     name, overlay = todo.name, overlay_made_for(model)
-    adapters = [
-        _adapter(model, site, todo.config, tensors=tensors, float32=float32, generator=generator)
-        for site in todo.resolution.sites
-    ]
+    with _plain_base(model, overlay):
+        made = [
+            new_adapter(model, site, todo.config, float32=float32, generator=generator)
+            if tensors is None
+            else saved_adapter(model, site, tensors, float32=float32)
+            for site in todo.resolution.sites
+        ]
     first = not overlay.configs
     try:
-        for site, adapter in zip(todo.resolution.sites, adapters, strict=True):
-            attach.attach(model.get_submodule(site.path), name, adapter, overlay.route)
+        for one in made:
+            attach.attach(model.get_submodule(one.site.path), name, one.adapter, overlay.route)
         for path in todo.resolution.saved:
             saved_module.keep_copy(model.get_submodule(path), name, overlay.route)
     except BaseException:
@@ -78,7 +74,10 @@ def carry_out(
     if first:
         model.requires_grad_(False)
     if todo.resolution.biases:
-        overlay.biases[name] = TrainedBiases(model, todo.resolution.biases)
+        overlay.biases[name] = StandIns(model, todo.resolution.biases)
+    bases = {f"{one.site.path}.{one.site.parameter}": one.base for one in made if one.base is not None}
+    if bases:
+        overlay.bases[name] = StandIns(model, bases, bases)
     overlay.configs[name] = todo.config
     overlay.resolutions[name] = todo.resolution
     overlay.trainable[name] = not todo.config.inference_mode
@@ -95,8 +94,9 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     overlay.check_names([name])
     if overlay.route.merged:
         raise MergeError(f"Adapter {name!r} cannot be removed while {', '.join(overlay.route.merged)} is merged.")
-    if name in overlay.biases:
-        overlay.biases.pop(name).act(model, False, trainable=False)
+    for stand_ins in (overlay.biases, overlay.bases):
+        if name in stand_ins:
+            stand_ins.pop(name).act(model, False, trainable=False)
     _take_off(model, name, overlay.resolutions[name])
     for table in (overlay.configs, overlay.resolutions, overlay.trainable):
         table.pop(name)
@@ -126,7 +126,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Let the chosen adapters act, or none; merged weights stay (see `merge.disable`)."""
     overlay = overlay_needed(model)
     overlay.route.set(enabled=enabled)
-    place_biases(model, overlay)
+    place_stand_ins(model, overlay)
 
 
 def follow_route(model: nn.Module, overlay: Overlay) -> None:
@@ -135,55 +135,27 @@ def follow_route(model: nn.Module, overlay: Overlay) -> None:
         wanted = name in overlay.route.active and overlay.trainable[name]
         for parameter in own_parameters(model, name):
             parameter.requires_grad_(wanted)
-    place_biases(model, overlay)
+    place_stand_ins(model, overlay)
 
 
-def place_biases(model: nn.Module, overlay: Overlay) -> None:
-    """Give every bias the value that goes with the adapters that act."""
+def place_stand_ins(model: nn.Module, overlay: Overlay) -> None:
+    """Give the base the biases and weights that go with the adapters that act."""
     for name, biases in overlay.biases.items():
         acting = name in overlay.route.acting
         biases.act(model, acting, trainable=acting and overlay.trainable[name])
+    for name, bases in overlay.bases.items():
+        bases.act(model, name in overlay.route.acting, trainable=False)
 
 
-def _adapter(
-    model: nn.Module,
-    site: Site,
-    config: LoraConfig,
-    *,
-    tensors: Mapping[str, Tensor] | None,
-    float32: bool,
-    generator: Generator | None,
-) -> Adapter:
-    layer: Layer = model.get_submodule(site.path)
-    dtype, device = _adapter_dtype(layer, float32), home(layer)
-    magnitude = None
-    if tensors is not None:
-        key_A, key_B = factor_keys(site)
-        factors = Factors(tensors[key_A].to(device, dtype), tensors[key_B].to(device, dtype))
-        if site.dora:
-            magnitude = tensors[keys.magnitude(site.path)].to(device, dtype)
-    else:
-        weight = Weight(*site.shape, device, lambda: site.kind.to_matrix(read(layer)))
-        made = initialise(_init_name(site, config), weight, site.rank, generator=generator)
-        factors = Factors(made.A.to(dtype), made.B.to(dtype))
-        if site.dora:
-            W_OI = site.kind.to_matrix(read(layer)).to(dtype)
-            magnitude = dora.row_norms(W_OI, factors.A, factors.B, site.scale)
-    return Adapter(site.kind, factors, scale=site.scale, dropout=site.dropout, magnitude=magnitude)
-
-
-def _init_name(site: Site, config: LoraConfig) -> str:
-    choice = config.init_lora_weights
-    if isinstance(choice, bool):
-        return site.kind.inits[choice]
-    return choice if site.kind.linear else site.kind.inits[True]
-
-
-def _adapter_dtype(layer: Layer, float32: bool) -> torch.dtype:
-    dtype = layer.weight.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2 or (float32 and dtype in _HALF):
-        return torch.float32
-    return dtype
+@contextmanager
+def _plain_base(model: nn.Module, overlay: Overlay) -> Iterator[None]:
+    """Within the block every weight of the base is its own, whatever stands in for it outside."""
+    for bases in overlay.bases.values():
+        bases.act(model, False, trainable=False)
+    try:
+        yield
+    finally:
+        place_stand_ins(model, overlay)
 
 
 def protect_checkpointing(model: nn.Module) -> None:

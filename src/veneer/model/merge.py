@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import MergeError, bullet_list
-from veneer.layers.attach import Adapted
+from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.weights import is_offloaded, read, store_of
-from veneer.model.apply import place_biases, remove_adapter, set_enabled
-from veneer.model.overlay import Overlay, overlay_needed, overlay_of, saved_modules
+from veneer.layers.weights import is_offloaded, read, store_of, stored
+from veneer.model.apply import place_stand_ins, remove_adapter, set_enabled
+from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
 
 def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -26,12 +26,14 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     """
     overlay = overlay_needed(model)
     names = _checked(model, overlay, names)
-    for path, weight in dict(_merged_weights(model, names)).items():
+    with _standing_in(model, overlay, names):
+        merged = dict(_merged_parameters(model, names))
+    for (path, parameter), value in merged.items():
         layer: Layer = model.get_submodule(path)
-        overlay.originals[path] = layer._parameters["weight"]
-        store_of(layer).write(layer, weight)
+        overlay.originals[path, parameter] = layer._parameters[parameter]
+        store_of(layer, parameter).write(layer, parameter, value)
     overlay.route.set(merged=names)
-    place_biases(model, overlay)
+    place_stand_ins(model, overlay)
     return names
 
 
@@ -40,15 +42,15 @@ def unmerge(model: nn.Module) -> None:
     overlay = overlay_needed(model)
     if not overlay.route.merged:
         raise MergeError("Nothing is merged.")
-    for path, original in overlay.originals.items():
+    for (path, parameter), original in overlay.originals.items():
         layer: Layer = model.get_submodule(path)
-        dtype, device = layer.weight.dtype, layer.weight.device
-        if (original.dtype, original.device) != (dtype, device):  # the model was moved or cast while merged
-            original.data = original.data.to(device, dtype)
-        layer._parameters["weight"] = original
+        merged = stored(layer, parameter)
+        if (original.dtype, original.device) != (merged.dtype, merged.device):  # the model was moved or cast since
+            original.data = original.data.to(merged.device, merged.dtype)
+        layer._parameters[parameter] = original
     overlay.originals.clear()
     overlay.route.set(merged=())
-    place_biases(model, overlay)
+    place_stand_ins(model, overlay)
 
 
 def disable(model: nn.Module) -> None:
@@ -89,11 +91,14 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     if overlay.route.merged:
         unmerge(model)
     names = _checked(model, overlay, names)
-    for _ in _merged_weights(model, names):
-        pass
-    for path, weight in _merged_weights(model, names):
+    with _standing_in(model, overlay, names):
+        for _ in _merged_parameters(model, names):
+            pass
+    overlay.route.set(active=names)
+    place_stand_ins(model, overlay)
+    for (path, parameter), value in _merged_parameters(model, names):
         layer: Layer = model.get_submodule(path)
-        store_of(layer).write(layer, weight)
+        store_of(layer, parameter).write(layer, parameter, value)
     for name in names:
         for _, module in saved_modules(model, name):
             _take_over(module, module.modules_to_save[name])
@@ -101,8 +106,9 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
         path: value
         for name in names
         if name in overlay.biases
-        for path, value in overlay.biases[name].trained(model).items()
+        for path, value in overlay.biases[name].values(model).items()
     }
+    overlay.bases.clear()  # what stood in for a weight is part of the merged one
     remove_all(model)
     for path, value in kept.items():
         model.get_parameter(path).data = value.clone()
@@ -141,36 +147,83 @@ def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) ->
     return names
 
 
-def _merged_weights(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """(path, merged weight) of each layer concerned. Raises MergeError naming the weights that would overflow."""
-    broken = []
-    for path, layer in model.named_modules():
-        if not isinstance(layer, Adapted):
-            continue
-        mine = [layer.adapters[name] for name in names if name in layer.adapters]
-        if not mine:
-            continue
-        if is_offloaded(layer):
+@contextmanager
+def _standing_in(model: nn.Module, overlay: Overlay, names: tuple[str, ...]) -> Iterator[None]:
+    """Within the block the base has the values that go with these adapters."""
+    with overlay.route.following(names, ()):
+        place_stand_ins(model, overlay)
+        try:
+            yield
+        finally:
+            overlay.route.set()
+            place_stand_ins(model, overlay)
+
+
+def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """((path, name), merged value) of each parameter concerned, one at a time.
+
+    Raises MergeError naming the layers that cannot take the adapter in, or whose weights would overflow.
+    """
+    problems = []
+    for site, adapters in _adapters_by_weight(model, names).items():
+        path, parameter = site
+        layer: Layer = model.get_submodule(path)
+        if is_offloaded(layer, parameter):
             raise MergeError(f"The weight of {path} is offloaded: load the model without offloading to merge.")
         with torch.no_grad():
-            weight = read(layer)
-            base = weight.to(torch.float64 if weight.device.type == "cpu" else torch.float32)
-            total = base
-            for adapter in mine:
-                total = adapter.merged(total, base)
-            merged = total.to(weight.dtype)
-        if merged.isfinite().all():
-            yield path, merged
-        else:
-            broken.append(f"{path} ({weight.dtype})")
-    if broken:
-        raise MergeError(
-            bullet_list(
-                f"Not merged: {len(broken)} weight(s) would hold NaN or infinity. The adapter is broken, or its update "
-                "is too large for the dtype of the base (merge over a float32 base then):",
-                broken[:6],
+            merged, bias = _merged_weight(layer, parameter, adapters), _merged_bias(layer, adapters)
+        if _adds_bias(adapters) and bias is None:
+            problems.append(f"{path} has no bias that could take in the adapter's (lora_bias)")
+        elif why := adapters[0].kind.refuse_merge(layer, merged):
+            problems.append(f"{path}: {why}")
+        elif not merged.isfinite().all() or (bias is not None and not bias.isfinite().all()):
+            problems.append(
+                f"{path} ({merged.dtype}) would hold NaN or infinity: the adapter is broken, or its update too large "
+                "for the dtype of the base (merge over a float32 base then)"
             )
+        else:
+            yield site, merged
+            if bias is not None:
+                yield (path, "bias"), bias
+    if problems:
+        raise MergeError(
+            bullet_list(f"Not merged: {len(problems)} weight(s) cannot take the adapter in:", problems[:6])
         )
+
+
+def _adapters_by_weight(model: nn.Module, names: Sequence[str]) -> dict[tuple[str, str], list[Adapter]]:
+    found: dict[tuple[str, str], list[Adapter]] = {}
+    for name in names:
+        for site, adapter in adapters_by_site(model, name):
+            found.setdefault((site.path, site.parameter), []).append(adapter)
+    return found
+
+
+def _adds_bias(adapters: Sequence[Adapter]) -> bool:
+    """Whether one of the adapters has a bias of its own."""
+    return any(adapter.lora_bias is not None for adapter in adapters)
+
+
+def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor:
+    weight = read(layer, parameter)
+    base = weight.to(_exact(weight))
+    total = base
+    for adapter in adapters:
+        total = adapter.merged(total, base)
+    return total.to(weight.dtype)
+
+
+def _merged_bias(layer: Layer, adapters: Sequence[Adapter]) -> Tensor | None:
+    """The layer's bias with those of the adapters; None if none of them has one, or the layer has none."""
+    bias = layer._parameters.get("bias")
+    if bias is None or not _adds_bias(adapters):
+        return None
+    deltas = (adapter.bias_delta(_exact(bias)) for adapter in adapters)
+    return sum((delta for delta in deltas if delta is not None), bias.to(_exact(bias))).to(bias.dtype)
+
+
+def _exact(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.device.type == "cpu" else torch.float32
 
 
 def _take_over(module: nn.Module, copy: nn.Module) -> None:

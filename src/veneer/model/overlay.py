@@ -7,11 +7,13 @@ from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError
-from veneer.layers.bias import TrainedBiases
+from veneer.layers.adapter import Adapter
+from veneer.layers.attach import adapter_on
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
+from veneer.layers.stand_in import StandIns
 from veneer.suggest import did_you_mean
-from veneer.targets import Resolution
+from veneer.targets import Resolution, Site
 
 _ATTRIBUTE = "_veneer_overlay"
 
@@ -20,16 +22,19 @@ _ATTRIBUTE = "_veneer_overlay"
 class Overlay:
     """Everything by adapter name, and the route that the layers share.
 
+    biases     the biases an adapter trains
+    bases      the base weights an adapter has replaced, as LoftQ does
     trainable  whether the adapter may get gradients; False for one that was loaded for use
-    originals  while adapters are merged: the base weights by path, to be put back as they were
+    originals  while adapters are merged: the base's parameters by (path, name), to be put back as they were
     """
 
     route: Route = field(default_factory=Route)
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     resolutions: dict[str, Resolution] = field(default_factory=dict)
-    biases: dict[str, TrainedBiases] = field(default_factory=dict)
+    biases: dict[str, StandIns] = field(default_factory=dict)
+    bases: dict[str, StandIns] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
-    originals: dict[str, nn.Parameter] = field(default_factory=dict)
+    originals: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise AdapterNameError if an adapter of one of these names does not exist, or a name is said twice."""
@@ -73,10 +78,10 @@ def take_down(model: nn.Module) -> None:
     vars(model).pop("peft_config", None)
 
 
-def adapted_layers(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
-    """(path, layer) of the layers on which adapter `name` lies, in the model's order."""
+def adapters_by_site(model: nn.Module, name: str) -> Iterator[tuple[Site, Adapter]]:
+    """What adapter `name` is on each of its sites, in the model's order."""
     for site in overlay_needed(model).resolutions[name].sites:
-        yield site.path, model.get_submodule(site.path)
+        yield site, adapter_on(model.get_submodule(site.path), name, site.parameter)
 
 
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
@@ -87,7 +92,7 @@ def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
 
 def own_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     """The parameters that belong to adapter `name` alone: factors, magnitudes, and its copies of saved modules."""
-    for _, layer in adapted_layers(model, name):
-        yield from layer.adapters[name].parameters()
+    for _, adapter in adapters_by_site(model, name):
+        yield from adapter.parameters()
     for _, module in saved_modules(model, name):
         yield from module.modules_to_save[name].parameters()

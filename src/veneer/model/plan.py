@@ -40,6 +40,7 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"A LoraConfig is needed, not {type(config).__module__}.{type(config).__qualname__}.")
     config.check()
+    _refuse_unbuilt(config)
     if overlay is not None and overlay.route.merged:
         raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
     resolution = resolve(model, config, strict=strict)
@@ -57,7 +58,7 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
             check_forward(module)
     for site in resolution.sites:
         if site.dora:
-            read(model.get_submodule(site.path))
+            read(model.get_submodule(site.path), site.parameter)
     stored_transposed = any(site.kind.fan_in_fan_out for site in resolution.sites)
     resolved = config.in_use(
         target_modules=resolution.target_modules,
@@ -65,6 +66,21 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
         fan_in_fan_out=stored_transposed,
     )
     return Plan(name, resolved, resolution)
+
+
+def _refuse_unbuilt(config: LoraConfig) -> None:
+    unbuilt = (
+        "target_parameters",
+        "trainable_token_indices",
+        "layer_replication",
+        "ensure_weight_tying",
+        "alora_invocation_tokens",
+    )
+    problems = [
+        f"{field}={value!r}: not available yet; leave it out" for field in unbuilt if (value := getattr(config, field))
+    ]
+    if problems:
+        raise ConfigError(bullet_list("LoraConfig cannot be used:", problems))
 
 
 def check_name(name: str, overlay: Overlay | None) -> None:
@@ -99,7 +115,11 @@ def _why_not_adapted(layer: Layer, site: Site) -> list[str]:
         problems.append(f"target_modules: another adapter trains {site.path} in full")
     if not isinstance(layer, Adapted) and hasattr(layer, attach.CHILD):
         problems.append(f"target_modules: {site.path} has an attribute {attach.CHILD!r} of its own")
-    if site.dora and is_offloaded(layer):
+    if site.bias and not site.kind.bias:
+        problems.append(f"lora_bias: a bias cannot be added to {site.path}, {site.kind.name}")
+    if why := site.kind.clash(layer, site):
+        problems.append(f"target_modules: {site.path}: {why}")
+    if site.dora and is_offloaded(layer, site.parameter):
         problems.append(f"use_dora: the weight of {site.path} is offloaded, and its norms cannot be read yet")
     return problems
 

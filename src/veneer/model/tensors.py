@@ -1,5 +1,6 @@
 """An adapter on a model, seen as the tensors of an adapter file: names, shapes and values."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -7,17 +8,28 @@ from torch import Tensor, nn
 
 from veneer.layers import attach, saved_module
 from veneer.layers.saved_module import original_state
-from veneer.model.overlay import adapted_layers, overlay_needed, saved_modules
+from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules
 from veneer.storage import keys
 from veneer.storage.adapter_file import Expected
 from veneer.targets import Resolution, Site
 from veneer.targets.structure import embeddings
 
 
-def factor_keys(site: Site) -> tuple[str, str]:
-    """The names of A and B of a site."""
+def site_keys(site: Site) -> dict[str, str]:
+    """The names in an adapter file of what the adapter on a site has, by the names of its parameters."""
     name_A, name_B = site.kind.on_disk
-    return keys.factor(site.path, name_A), keys.factor(site.path, name_B)
+    names = {"lora_A": keys.factor(site.path, name_A), "lora_B": keys.factor(site.path, name_B)}
+    if site.bias:
+        names["lora_bias"] = keys.factor_bias(site.path)
+    if site.dora:
+        names["lora_magnitude"] = keys.magnitude(site.path)
+    return names
+
+
+def site_shapes(site: Site) -> dict[str, tuple[int, ...]]:
+    """The shapes in an adapter file of the same."""
+    shape_A, shape_B = site.factors
+    return {"lora_A": shape_A, "lora_B": shape_B, "lora_bias": site.shape[:1], "lora_magnitude": site.magnitude}
 
 
 def bias_key(resolution: Resolution, name: str) -> str:
@@ -30,12 +42,8 @@ def expected_tensors(model: nn.Module, resolution: Resolution) -> dict[str, Expe
     """Every tensor that a file of this adapter must hold."""
     expected: dict[str, Expected] = {}
     for site in resolution.sites:
-        out_features, in_features = site.shape
-        key_A, key_B = factor_keys(site)
-        expected[key_A] = Expected((site.rank, in_features))
-        expected[key_B] = Expected((out_features, site.rank))
-        if site.dora:
-            expected[keys.magnitude(site.path)] = Expected((out_features,))
+        shapes = site_shapes(site)
+        expected |= {key: Expected(shapes[part]) for part, key in site_keys(site).items()}
     for path in resolution.saved:
         for name, value in original_state(model.get_submodule(path)).items():
             expected[keys.saved(path, name)] = Expected(tuple(value.shape), value.is_floating_point())
@@ -66,20 +74,16 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The values of adapter `name` by their names in an adapter file: the tensors themselves, not copies."""
     overlay = overlay_needed(model)
     resolution = overlay.resolutions[name]
-    sites = {site.path: site for site in resolution.sites}
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapted_layers(model, name):
-        adapter = layer.adapters[name]
-        key_A, key_B = factor_keys(sites[path])
-        tensors[key_A] = adapter.lora_A.detach()
-        tensors[key_B] = adapter.lora_B.detach()
-        if adapter.lora_magnitude is not None:
-            tensors[keys.magnitude(path)] = adapter.lora_magnitude.detach()
+    for site, adapter in adapters_by_site(model, name):
+        shapes = site_shapes(site)
+        for part, key in site_keys(site).items():
+            tensors[key] = getattr(adapter, part).detach().view(shapes[part])
     for path, module in saved_modules(model, name):
         for inner, value in module.modules_to_save[name].state_dict().items():
             tensors[keys.saved(path, inner)] = value
     if name in overlay.biases:
-        for parameter_name, value in overlay.biases[name].trained(model).items():
+        for parameter_name, value in overlay.biases[name].values(model).items():
             tensors[bias_key(resolution, parameter_name)] = value
     return tensors
 
@@ -94,15 +98,17 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
     plain = {key.removeprefix(keys.PREFIX): value for key, value in state.items()}
     names: dict[str, str] = {}
     for site in resolution.sites:
-        key_A, key_B = factor_keys(site)
-        names[key_A] = f"{site.path}.{attach.CHILD}.{name}.lora_A"
-        names[key_B] = f"{site.path}.{attach.CHILD}.{name}.lora_B"
-        names[keys.magnitude(site.path)] = f"{site.path}.{attach.CHILD}.{name}.lora_magnitude"
+        names |= {key: f"{site.path}.{attach.CHILD}.{name}.{part}" for part, key in site_keys(site).items()}
     for path in resolution.saved:
         for inner in original_state(model.get_submodule(path)):
             names[keys.saved(path, inner)] = f"{path}.{saved_module.CHILD}.{name}.{inner}"
     names |= {bias_key(resolution, bias): bias for bias in resolution.biases}
-    return {key: plain[in_model] for key, in_model in names.items() if in_model in plain}
+    shapes = {key: site_shapes(site)[part] for site in resolution.sites for part, key in site_keys(site).items()}
+    found = {key: plain[in_model] for key, in_model in names.items() if in_model in plain}
+    return {
+        key: value.reshape(shapes[key]) if key in shapes and value.numel() == math.prod(shapes[key]) else value
+        for key, value in found.items()
+    }
 
 
 def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,11 @@ def factor(path: str, name: str) -> str:
     return f"{PREFIX}{path}.{name}"
 
 
+def factor_bias(path: str, name: str = "lora_B.bias") -> str:
+    """The bias that an adapter adds (`lora_bias`)."""
+    return f"{PREFIX}{path}.{name}"
+
+
 def magnitude(path: str) -> str:
     """The DoRA magnitude of the adapter on the layer at `path`."""
     return f"{PREFIX}{path}.{MAGNITUDE}"

@@ -147,7 +147,20 @@ def _site(structure: Structure, config: LoraConfig, path: str) -> Site:
     kind = kind_of(layer)
     assert kind is not None
     rank, alpha = rank_and_alpha(config, path)
-    return Site(path, kind, kind.dims(layer), rank, alpha, config.use_rslora, config.use_dora, config.lora_dropout)
+    shape = kind.dims(layer)
+    return Site(
+        path,
+        kind,
+        shape,
+        factors=kind.factors(layer, shape, rank),
+        magnitude=kind.magnitude(layer, shape[0]),
+        rank=rank,
+        alpha=alpha,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        dropout=config.lora_dropout,
+        bias=config.lora_bias,
+    )
 
 
 def _warn_of_rank(sites: tuple[Site, ...]) -> None:

@@ -1,23 +1,35 @@
-"""One layer that will get, or has, an adapter: plain data."""
+"""One weight that will get, or has, an adapter: plain data."""
 
+import math
 from dataclasses import dataclass
 
 from veneer.functional.lowrank import scaling
-from veneer.layers.kinds import Kind
+from veneer.layers.kinds import Kind, Shape
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter goes and what it looks like. `shape` is (out, in) of the layer's weight as a matrix."""
+    """Where an adapter goes and what it looks like.
+
+    path, parameter  the layer, and the name of its weight there
+    shape            (O, I), (out, in) of the weight as a matrix
+    factors          the shapes of A and B
+    magnitude        the shape of DoRA's magnitude in an adapter file
+    bias             whether it has a bias of its own (`lora_bias`)
+    """
 
     path: str
     kind: Kind
     shape: tuple[int, int]
+    factors: tuple[Shape, Shape]
+    magnitude: Shape
     rank: int
     alpha: float
     rslora: bool
     dora: bool
     dropout: float
+    bias: bool = False
+    parameter: str = "weight"
 
     @property
     def scale(self) -> float:
@@ -27,5 +39,5 @@ class Site:
     @property
     def parameters(self) -> int:
         """How many trainable numbers the adapter has here."""
-        out_features, in_features = self.shape
-        return self.rank * (out_features + in_features) + (out_features if self.dora else 0)
+        extra = (self.dora + self.bias) * self.shape[0]
+        return sum(math.prod(shape) for shape in self.factors) + extra

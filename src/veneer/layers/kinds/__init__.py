@@ -11,7 +11,7 @@ from torch import nn
 
 from veneer.layers.kinds.conv1d import CONV1D
 from veneer.layers.kinds.embedding import EMBEDDING
-from veneer.layers.kinds.kind import Kind, Layer
+from veneer.layers.kinds.kind import Kind, Layer, Number, Shape
 from veneer.layers.kinds.linear import LINEAR
 
 KINDS: dict[str, Kind] = {
@@ -40,4 +40,16 @@ def kind_of(layer: nn.Module) -> Kind | None:
     return None
 
 
-__all__ = ["CONV1D", "EMBEDDING", "KINDS", "LINEAR", "Kind", "Layer", "class_name", "kind_of", "register_kind"]
+__all__ = [
+    "CONV1D",
+    "EMBEDDING",
+    "KINDS",
+    "LINEAR",
+    "Kind",
+    "Layer",
+    "Number",
+    "Shape",
+    "class_name",
+    "kind_of",
+    "register_kind",
+]

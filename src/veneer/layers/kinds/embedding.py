@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from veneer.functional import lowrank
-from veneer.layers.kinds.kind import Kind, Layer
+from veneer.layers.kinds.kind import Kind, Layer, Number, Shape
 
 
 def _dims(layer: Layer) -> tuple[int, int]:
     return layer.embedding_dim, layer.num_embeddings
 
 
-def _update(layer: Layer, ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float) -> Tensor:
+def _update(layer: Layer, ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: Number, p: float) -> Tensor:
     u = lowrank.update_embedding(ids, A_RV, B_OR, scale, padding_idx=layer.padding_idx)
     return u if p == 0 else lowrank.drop_whole_tokens(u, p)
 
 
 def _base_update(
-    layer: Layer, ids: Tensor, y: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float, p: float
+    layer: Layer, ids: Tensor, y: Tensor, W_OV: Tensor, A_RV: Tensor, B_OR: Tensor, scale: Number, p: float
 ) -> tuple[Tensor, Tensor]:
     u = lowrank.update_embedding(ids, A_RV, B_OR, scale, padding_idx=layer.padding_idx)
     if p == 0:
@@ -30,8 +30,12 @@ def _base_update(
     return base, u
 
 
-def _transpose(W: Tensor) -> Tensor:
-    return W.T
+def _to_matrix(W_VO: Tensor) -> Tensor:
+    return W_VO.T
+
+
+def _from_matrix(W_OV: Tensor, shape: Shape) -> Tensor:
+    return W_OV.T
 
 
 def _refuse(layer: Layer) -> str | None:
@@ -46,14 +50,16 @@ def _refuse(layer: Layer) -> str | None:
 
 
 EMBEDDING = Kind(
-    name="embedding",
-    dims=_dims,
+    "embedding",
+    _dims,
     update=_update,
     base_update=_base_update,
-    to_matrix=_transpose,
-    from_matrix=_transpose,
-    inits={True: "embedding_default", False: "normal_both"},
+    to_matrix=_to_matrix,
+    from_matrix=_from_matrix,
+    inits=("embedding_default", "normal_both"),
     linear=False,
+    by_matrix=False,
+    bias=False,
     on_disk=("lora_embedding_A", "lora_embedding_B"),
     refuse=_refuse,
 )

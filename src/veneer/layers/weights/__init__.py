@@ -11,10 +11,10 @@ from veneer.layers.weights.store import Store
 STORES: tuple[Store, ...] = (DENSE,)
 
 
-def store_of(layer: Layer) -> Store:
-    """The store that knows this layer's weight. Raises MergeError if none does."""
+def store_of(layer: Layer, parameter: str = "weight") -> Store:
+    """The store that knows this weight of the layer. Raises MergeError if none does."""
     for store in STORES:
-        if store.holds(layer):
+        if store.holds(layer, parameter):
             return store
     raise MergeError(
         f"The weight of a {type(layer).__name__} is not a plain tensor of floating-point numbers (it is quantised, or "
@@ -23,21 +23,27 @@ def store_of(layer: Layer) -> Store:
     )
 
 
-def is_offloaded(layer: Layer) -> bool:
+def is_offloaded(layer: Layer, parameter: str = "weight") -> bool:
     """Whether accelerate keeps the weight elsewhere and brings it in for each call."""
-    return "_hf_hook" in vars(layer) and layer.weight.is_meta
+    return "_hf_hook" in vars(layer) and stored(layer, parameter).is_meta
 
 
-def home(layer: Layer) -> torch.device:
+def home(layer: Layer, parameter: str = "weight") -> torch.device:
     """The device on which the layer computes: where its adapters belong."""
-    if is_offloaded(layer):
+    if is_offloaded(layer, parameter):
         return torch.device(layer._hf_hook.execution_device)
-    return layer.weight.device
+    return stored(layer, parameter).device
 
 
-def read(layer: Layer) -> Tensor:
-    """The layer's weight as a floating-point tensor, as the layer itself uses it."""
-    return store_of(layer).read(layer)
+def stored(layer: Layer, parameter: str = "weight") -> Tensor:
+    """The weight as the layer keeps it, quantised or not, without any adapter."""
+    registered = layer._parameters.get(parameter)
+    return getattr(layer, parameter) if registered is None else registered
 
 
-__all__ = ["STORES", "Store", "home", "is_offloaded", "read", "store_of"]
+def read(layer: Layer, parameter: str = "weight") -> Tensor:
+    """A weight of the layer as a floating-point tensor, as the layer itself uses it."""
+    return store_of(layer, parameter).read(layer, parameter)
+
+
+__all__ = ["STORES", "Store", "home", "is_offloaded", "read", "store_of", "stored"]

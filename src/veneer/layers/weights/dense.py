@@ -9,17 +9,17 @@ from veneer.layers.weights.store import Store
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _holds(layer: Layer) -> bool:
-    weight = layer._parameters.get("weight")  # not there if it is computed, as under weight norm
+def _holds(layer: Layer, parameter: str) -> bool:
+    weight = layer._parameters.get(parameter)  # not there if it is computed, as under weight norm
     return type(weight) is nn.Parameter and weight.dtype in _DTYPES
 
 
-def _read(layer: Layer) -> Tensor:
-    return layer.weight
+def _read(layer: Layer, parameter: str) -> Tensor:
+    return layer._parameters[parameter]
 
 
-def _write(layer: Layer, W: Tensor) -> None:
-    layer.weight = nn.Parameter(W, requires_grad=False)
+def _write(layer: Layer, parameter: str, W: Tensor) -> None:
+    layer._parameters[parameter] = nn.Parameter(W, requires_grad=False)
 
 
 DENSE = Store("dense", _holds, _read, _write)

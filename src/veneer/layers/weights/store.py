@@ -12,12 +12,14 @@ from veneer.layers.kinds import Layer
 class Store:
     """One way of keeping a weight.
 
-    holds  (layer) -> whether this store knows the layer's weight
-    read   (layer) -> the weight in floating point
-    write  (layer, W) puts a new weight in place as a parameter of its own, so that a tied one elsewhere stays
+    `parameter` is the weight's name on the layer.
+
+    holds  (layer, parameter) -> whether this store knows the weight
+    read   (layer, parameter) -> the weight in floating point
+    write  (layer, parameter, W) puts W in place as a parameter of its own, so that a tied one elsewhere stays
     """
 
     name: str
-    holds: Callable[[Layer], bool]
-    read: Callable[[Layer], Tensor]
-    write: Callable[[Layer, Tensor], None]
+    holds: Callable[[Layer, str], bool]
+    read: Callable[[Layer, str], Tensor]
+    write: Callable[[Layer, str, Tensor], None]
