@@ -74,7 +74,8 @@ def extract(D: Tensor, rank: int | float, *, dtype: torch.dtype | None = None) -
         raise ConfigError("The difference has values that are not finite: look for nan or inf in both weights.")
     U_OK, S_K, Vh_KI = torch.linalg.svd(D_OI, full_matrices=False)
     R = int(rank) if isinstance(rank, Integral) else _rank_of_energy(S_K, float(rank), max(D_OI.shape))
-    A_RI, B_OR = Vh_KI[:R].to(dtype, copy=True), (U_OK[:, :R] * S_K[:R]).to(dtype)
+    A_RI = Vh_KI[:R].to(dtype).clone(memory_format=torch.contiguous_format)  # not a view that keeps all of V alive
+    B_OR = (U_OK[:, :R] * S_K[:R]).to(dtype).contiguous()
     if not B_OR.isfinite().all():
         raise MergeError(f"The factors do not fit into {dtype}: extract them in float32.")
     missing = torch.addmm(D_OI, B_OR.to(D_OI.dtype), A_RI.to(D_OI.dtype), alpha=-1)
