@@ -345,6 +345,15 @@ def test_a_rank_above_the_possible_one_is_filled_with_zeros():
     torch.testing.assert_close(result.delta(), weighted_sum(given_updates, [1.0, 1.0]))
 
 
+def test_svd_of_a_vocabulary_never_makes_the_whole_update():
+    """Which would be 80 GB here, and PEFT's full matrices twice that."""
+    given_updates = updates((2, 2), shape=(100_000, 200_000), dtype=torch.float32)
+    result = combine(given_updates, [1.0, -1.0], Combination(svd_rank=4))
+    x = random_update(rank=1, shape=(1, 200_000), dtype=torch.float32).A[0]
+    expected = sum(w * u.scale * u.B @ (u.A @ x) for u, w in zip(given_updates, [1.0, -1.0], strict=True))
+    assert (result.B @ (result.A @ x) - expected).norm() < 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "expected"), [("linear", [4, 4], 4), ("cat", [4, 2], 6), ("svd", [4, 2], 4), ("ties_svd", [1], 1)]
 )

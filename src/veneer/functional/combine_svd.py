@@ -29,8 +29,8 @@ def truncated_product(A_RI: Tensor, B_OR: Tensor, rank: int, *, driver: str | No
         return truncated(B_OR @ A_RI, rank, driver=driver)
     Q_OR, T_RR = torch.linalg.qr(B_OR)
     Q_IR, L_RR = torch.linalg.qr(A_RI.T)
-    A_KR, B_RK = truncated(T_RR @ L_RR.T, min(rank, A_RI.shape[0]), driver=driver)
-    return filled(A_KR @ Q_IR.T, Q_OR @ B_RK, rank)
+    A_KR, B_RK = truncated(T_RR @ L_RR.T, rank, driver=driver)
+    return A_KR @ Q_IR.T, Q_OR @ B_RK
 
 
 def filled(A_KI: Tensor, B_OK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
