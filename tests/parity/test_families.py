@@ -89,7 +89,7 @@ def test_a_new_adapter_has_pefts_tensors_and_goes_back_and_forth(name, tmp_path)
         answer = logits(ours, family)
         assert_close(logits(oracle.read_by_peft(base, tmp_path / "ours").eval(), family), answer, **TIGHT)
         again = veneer.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
-        assert_close(logits(again, family), answer, rtol=1e-5, atol=1e-6)
+        assert_close(logits(again, family), answer, **TIGHT)
     for key, value in adapter_tensors(again.bare, "default").items():
         assert torch.equal(value, found[key])
     plain = again.unload()
