@@ -107,9 +107,7 @@ def test_every_field_has_a_rule():
 
 @pytest.mark.parametrize("make", [lambda **given: EvaConfig(**given), lambda **given: EvaConfig.from_dict(given)])
 def test_unknown_names_are_refused_with_the_one_meant(make):
-    with pytest.raises(
-        UnknownFieldError, match=r"(?s)rhoo: no such field, did you mean 'rho'.*nonsense: no such field"
-    ):
+    with pytest.raises(UnknownFieldError, match=r"(?s)rhoo: no such field, did you mean 'rho'.*nonsense: no such"):
         make(rhoo=2, nonsense=1)
     with pytest.raises(TypeError):
         make(rhoo=2)
