@@ -3,7 +3,7 @@ import pytest
 from veneer.config.init_names import DATA_DRIVEN, INIT_NAMES, OPTIONS_FIELD, SUBTRACTING, known_init, split_name
 from veneer.config.sub_configs import SUB_CONFIGS
 from veneer.errors import ConfigError
-from veneer.init import INITS
+from veneer.init import _STATS, INITS
 
 
 @pytest.mark.parametrize("name", INIT_NAMES)
@@ -48,4 +48,5 @@ def test_a_misspelt_name_is_recognised():
 
 def test_the_lists_are_of_names_and_fields_that_exist():
     assert set(SUBTRACTING) | set(DATA_DRIVEN) | set(OPTIONS_FIELD) <= set(INIT_NAMES)
+    assert set(_STATS) == set(DATA_DRIVEN)
     assert set(OPTIONS_FIELD.values()) == set(SUB_CONFIGS) - {"runtime_config"}

@@ -106,7 +106,7 @@ def test_an_odd_rank_has_no_halves():
 def test_a_weight_that_is_not_finite(name, bad):
     W = matrix(OUT, IN)
     W[3, 5] = bad
-    with pytest.raises(ConfigError, match="the weight holds NaN or infinity"):
+    with pytest.raises(ConfigError, match="NaN or infinity in the weight"):
         made(name, W=W)
 
 
@@ -114,14 +114,14 @@ def test_a_weight_that_is_not_finite(name, bad):
 def test_a_statistic_that_is_not_finite(name):
     stats = stats_for(name)
     stats[0, 0] = float("nan")
-    with pytest.raises(ConfigError, match="holds NaN or infinity"):
+    with pytest.raises(ConfigError, match="NaN or infinity in the (covariance|gradient)"):
         made(name, stats=stats)
 
 
 def test_components_that_are_not_finite():
     components = stats_for("eva")
     components.vectors[0, 0] = float("inf")
-    with pytest.raises(ConfigError, match="holds NaN or infinity|hold"):
+    with pytest.raises(ConfigError, match="NaN or infinity in the components"):
         made("eva", stats=components)
 
 
@@ -141,6 +141,13 @@ def test_weights_that_are_still_quantised(name):
 def test_data_driven_methods_say_what_they_miss(name):
     with pytest.raises(ConfigError, match="stats"):
         made(name, stats=None)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("eva", "Components"), ("corda", "Tensor"), ("lora_ga", "Tensor")])
+def test_statistics_of_another_method(name, kind):
+    for stats in (stats_for("corda" if name == "eva" else "eva"), {"a": 1}):
+        with pytest.raises(ConfigError, match=f"takes a? ?{kind} as stats"):
+            made(name, stats=stats)
 
 
 @pytest.mark.parametrize("name", ["eva", "corda", "lora_ga"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from veneer.config.init_names import DATA_DRIVEN, OPTIONS_FIELD, split_name
+from veneer.config.init_names import OPTIONS_FIELD, split_name
 from veneer.config.sub_configs import SubConfig
 from veneer.errors import ConfigError
 from veneer.init.corda import corda
@@ -41,6 +41,8 @@ INITS: dict[str, Initialiser] = {
     "corda": corda,
     "lora_ga": lora_ga,
 }
+# What the data-driven methods are given.
+_STATS: dict[str, type] = {"eva": Components, "corda": Tensor, "lora_ga": Tensor}
 
 
 @torch.no_grad()
@@ -68,8 +70,8 @@ def initialise(
     method, niter = (name, None) if name in INITS else split_name(name)
     if options is not None and method not in OPTIONS_FIELD:
         raise ConfigError(f"{name!r} takes no options: leave {options!r} out.")
-    if stats is not None and method not in DATA_DRIVEN:
-        raise ConfigError(f"{name!r} takes no stats; {', '.join(DATA_DRIVEN)} do.")
+    if stats is not None:
+        _check_stats(method, stats)
     number = {} if niter is None else {"niter": niter}
     made = INITS[method](weight, rank, scale=scale, options=options, stats=stats, generator=generator, **number)
     return Factors(
@@ -79,6 +81,14 @@ def initialise(
         base=None if made.base is None else _placed(made.base, weight.device),
         frozen=made.frozen,
     )
+
+
+def _check_stats(method: str, stats: object) -> None:
+    if method not in _STATS:
+        raise ConfigError(f"{method!r} takes no stats; {', '.join(_STATS)} do.")
+    kind = _STATS[method]
+    if not isinstance(stats, kind):
+        raise ConfigError(f"{method!r} takes a {kind.__name__} as stats, not {type(stats).__name__}.")
 
 
 def _placed(X: Tensor, device: torch.device) -> Tensor:

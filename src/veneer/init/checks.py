@@ -22,7 +22,7 @@ def finite(X: Tensor, what: str, method: str) -> Tensor:
         raise ConfigError(f"{method!r} needs real numbers, but {what} is {X.dtype}: dequantise it first.")
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     if not torch.isfinite(X).all():
-        raise ConfigError(f"{method!r} cannot start: {what} holds NaN or infinity. Check where it comes from.")
+        raise ConfigError(f"{method!r} cannot start: there is NaN or infinity in {what}. Check where it comes from.")
     return X
 
 
