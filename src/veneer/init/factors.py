@@ -1,4 +1,4 @@
-"""What an initialiser is given and what it answers. Shapes: I in, O out, R rank."""
+"""What an initialiser is given and what it answers. Shapes: I in, O out, R rank, K components."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,28 @@ class Weight:
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of one update: A of shape (R, I), B of shape (O, R)."""
+    """The factors of one update: A of shape (R, I), B of shape (O, R).
+
+    subtract  the update that they start with, s·B0·A0, is taken off the base, so that the layer starts unchanged:
+              y = W x + s (B A − B0 A0) x, with frozen copies A0 and B0
+    base      a matrix of shape (O, I) that stands in for the weight while this adapter acts; None for the weight itself
+    frozen    which of "A" and "B" are not trained
+    """
 
     A: Tensor
     B: Tensor
+    subtract: bool = False
+    base: Tensor | None = None
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Components:
+    """Principal components of a layer's inputs, the leading one first.
+
+    vectors          of shape (K, I), one a row
+    singular_values  of shape (K,); only whitening asks for them
+    """
+
+    vectors: Tensor
+    singular_values: Tensor | None = None

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from veneer.init import INITS, Weight, initialise
+from veneer.init import Weight, initialise
 
 OUT, IN, RANK = 96, 400, 16
 ZERO_START = ("kaiming", "gaussian", "embedding_default")
+INITS = (*ZERO_START, "kaiming_both", "normal_both")
 
 
 def made(name, *, seed=0, out=OUT, into=IN, rank=RANK):
