@@ -29,7 +29,7 @@ GOOD = {
     "bias": ["none", "all", "lora_only"],
     "use_rslora": [True, False],
     "modules_to_save": [None, [], ["lm_head"], "lm_head"],
-    "init_lora_weights": [True, False, "gaussian"],
+    "init_lora_weights": [True, False, "gaussian", "pissa", "pissa_niter_16", "eva"],
     "layers_to_transform": [None, 0, [0, 3], []],
     "rank_pattern": [{}, {"q_proj": 4}, {r"layers\.[01]\..*": 1}, None],
     "alpha_pattern": [{}, {"q_proj": 0.5}, None],
@@ -40,6 +40,11 @@ GOOD = {
     "layer_replication": [None, [], [(0, 2), (1, 3)], [[0, 4]]],
     "ensure_weight_tying": [True, False],
     "alora_invocation_tokens": [None, [1, 2, 1]],
+    "loftq_config": [None, {}],
+    "eva_config": [None, {}],
+    "corda_config": [None],
+    "lora_ga_config": [None],
+    "runtime_config": [None, {}, {"ephemeral_gpu_offload": False}],
 }
 
 BAD = {
@@ -70,7 +75,7 @@ BAD = {
     "bias": ["lora-only", "foo_only", None, True, ""],
     "use_rslora": ["false", 0, None],
     "modules_to_save": [[""], [1], ["a", "a"], {"a": 1}, 5],
-    "init_lora_weights": ["gausian", "pissa", "pissa_niter_16", 1, None, ""],
+    "init_lora_weights": ["gausian", "PISSA", "pissa_niter_0", "pissa_niter", 1, None, ""],
     "layers_to_transform": [-1, [-1], "0", True, [True], [0, "1"], 1.0],
     "layers_pattern": ["(layers", "", [""], [1], ["(h"]],
     "rank_pattern": [{"q": 0}, {"q": 4.0}, {"q": "4"}, {"(q": 4}, {1: 4}, {"": 4}, ["q"], {"q": 10**9}],
@@ -82,6 +87,11 @@ BAD = {
     "layer_replication": [[(2, 2)], [(3, 1)], [(-1, 2)], [(1,)], [1, 2], "0-4", [("0", "4")]],
     "ensure_weight_tying": ["yes", 1, None],
     "alora_invocation_tokens": [[], [-1], ["a"], 5, [True], "text"],
+    "loftq_config": [4, "4"],
+    "eva_config": ["rho"],
+    "corda_config": [True],
+    "lora_ga_config": [["ArB2r"]],
+    "runtime_config": [True],
 }
 
 
@@ -169,7 +179,7 @@ def test_all_linear_goes_with_layers():
         ({"zzz": 1}, "zzz: no such field"),
         ({"kasa_config": {"beta": 1}}, "kasa_config={'beta': 1}: not available yet; leave it out"),
         ({"use_qalora": True}, "use_qalora=True: not available yet"),
-        ({"loftq_config": {"bits": 4}}, "not available yet"),
+        ({"loftq_config": {"bits": 4}}, "LoftQConfig cannot be made"),
         ({"peft_type": "IA3"}, "only 'LORA' adapters can be used"),
     ],
 )
@@ -380,7 +390,10 @@ def test_defaults_are_those_of_peft():
     theirs = peft.LoraConfig()
     ours = LoraConfig()
     for f in dataclasses.fields(LoraConfig):
-        assert getattr(ours, f.name) == getattr(theirs, f.name), f.name
+        mine, peers = getattr(ours, f.name), getattr(theirs, f.name)
+        if f.name == "runtime_config":
+            mine, peers = dataclasses.asdict(mine), dataclasses.asdict(peers)
+        assert mine == peers or (mine is None and peers == {}), f.name
 
 
 def test_every_field_of_peft_is_known():
@@ -492,3 +505,43 @@ def test_the_first_pattern_counts():
 def test_a_pattern_that_never_ends_is_an_error_that_says_so():
     with pytest.raises(ConfigError, match=r"takes over 1 s on 'a+'. Nested repetitions such as \(a\+\)\+ do that"):
         matches("(a{1,30}){1,30}[!?]", "a" * 40)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config does nothing without init_lora_weights='loftq'"),
+        ({"init_lora_weights": "eva", "corda_config": {"corda_method": "kpm"}}, "corda_config does nothing without"),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": 0.5}}, "rho=0.5"),
+        ({"runtime_config": {"ephemeral_gpu_offload": True}}, "ephemeral_gpu_offload does nothing here"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias cannot go with use_dora"),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias goes with init_lora_weights True or False"),
+    ],
+)
+def test_settings_of_methods_that_are_not_used_are_refused(fields, why):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**fields)
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["loftq", "eva", "corda", "lora_ga"])
+def test_the_settings_of_a_method_are_written_as_peft_writes_them(method, tmp_path):
+    settings = {
+        "loftq": {"loftq_iter": 3},
+        "eva": {"rho": 3.0},
+        "corda": {"verbose": True},
+        "lora_ga": {"scale": "unit"},
+    }
+    field = f"{method}_config"
+    ours = LoraConfig(init_lora_weights=method, target_modules=["q"], **{field: settings[method]})
+    theirs = peft.LoraConfig(
+        init_lora_weights=method,
+        target_modules=["q"],
+        **{field: getattr(peft.tuners.lora.config, type(getattr(ours, field)).__name__)(**settings[method])},
+    )
+    theirs.save_pretrained(str(tmp_path))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert ours.to_dict()[field] == written[field]
+    assert LoraConfig.from_dict({**ours.to_dict(), "peft_type": "LORA"}).to_dict()[field] == (
+        None if method == "eva" else written[field]
+    )

@@ -3,12 +3,18 @@
 from veneer.config.lora_config import LoraConfig, rank_and_alpha
 from veneer.config.patterns import matches, matches_end, whole_match
 from veneer.config.rules import ALL_LINEAR, TaskType
+from veneer.config.sub_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 
 PeftConfig = LoraConfig
 
 __all__ = [
     "ALL_LINEAR",
+    "CordaConfig",
+    "EvaConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
+    "LoraRuntimeConfig",
     "PeftConfig",
     "TaskType",
     "matches",

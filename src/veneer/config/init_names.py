@@ -13,6 +13,8 @@ SUBTRACTING = ("pissa", "olora", "corda", "lora_ga")
 DATA_DRIVEN = ("eva", "corda", "lora_ga")
 # The field of a LoraConfig that holds the settings of a method.
 OPTIONS_FIELD = {"loftq": "loftq_config", "eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
+# The factors that a method does not train.
+FROZEN = {"mica": ("B",)}
 
 _NITER = re.compile(r"pissa_niter_([1-9][0-9]{0,2})", re.ASCII)
 

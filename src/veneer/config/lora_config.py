@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 
 from veneer.config.patterns import matches_end
 from veneer.config.rules import ALL_LINEAR, RULES, TaskType, clashes, why_no_pattern
+from veneer.config.sub_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, SubConfig
+from veneer.config.tidy import tidied
 from veneer.errors import ConfigError, UnknownFieldError, bullet_list
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
@@ -24,14 +26,9 @@ _Class = TypeVar("_Class")
 # Fields of PEFT 0.21 that Veneer does not have yet, with the value that means "not used".
 NOT_YET: Mapping[str, Any] = {
     "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
     "kasa_config": None,
-    "loftq_config": {},
-    "lora_ga_config": None,
     "megatron_config": None,
     "monteclora_config": None,
-    "runtime_config": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -40,8 +37,8 @@ NOT_YET: Mapping[str, Any] = {
 NOTES = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size")
 # Fields without which a file is not readable: a default would be a guess at how the adapter was trained.
 REQUIRED_IN_FILES = ("peft_type", "r", "lora_alpha", "target_modules")
-# Initialisations that are over once an adapter is saved: its values say all. (Others changed the base as well.)
-PAST_INITS = ("orthogonal", "eva", "mica")
+# Initialisations that are over once an adapter is saved: its values say all.
+PAST_INITS = ("orthogonal", "eva")
 # Fields that may change on a config in use, because no number depends on them.
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
 
@@ -88,11 +85,14 @@ class LoraConfig:
     use_rslora        scale by lora_alpha / sqrt(r) instead (https://arxiv.org/abs/2312.03732)
     use_dora          learn a magnitude for each output row (https://arxiv.org/abs/2402.09353)
     modules_to_save   names of modules trained in full and saved with the adapter
-    init_lora_weights True: A random, B zero; False: both random; "gaussian": A normal with deviation 1/r, B zero
+    init_lora_weights True: A random, B zero; False: both random; "gaussian": A normal with deviation 1/r, B zero;
+                      "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", "loftq"; "eva", "corda" and "lora_ga"
+                      start from data
     layers_to_transform  only layers with these indices; counted by the first number in a module's path
     layers_pattern    the name (or names) of the list of layers that number belongs to
     rank_pattern      {name or regular expression for the end of a path: rank} for layers that differ
     alpha_pattern     {the same: alpha}
+    loftq_config, eva_config, corda_config, lora_ga_config  settings of those initialisations
     lora_bias         add a trained bias to each update
     target_parameters names of parameters to adapt that are no layer's weight: fused experts, say
     trainable_token_indices  tokens whose rows of the embedding are trained in full: a list for the input embedding, or
@@ -130,6 +130,11 @@ class LoraConfig:
     layer_replication: list[tuple[int, int]] | None = None
     ensure_weight_tying: bool = False
     alora_invocation_tokens: list[int] | None = None
+    loftq_config: LoftQConfig | None = None
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
+    runtime_config: LoraRuntimeConfig = LoraRuntimeConfig()
 
     peft_type: ClassVar[str] = "LORA"
     _agreed: ClassVar[dict[str, Any] | None] = None  # of a config in use: what its adapter was made with
@@ -162,7 +167,7 @@ class LoraConfig:
                 f"{name} cannot be changed to {value!r}: this config describes an adapter that exists, and its weights "
                 f"go with {name}={getattr(self, name, None)!r}. Make a new LoraConfig for a new adapter."
             )
-        object.__setattr__(self, name, _tidied(name, value))
+        object.__setattr__(self, name, tidied(name, value))
 
     def changed(self, **changes: Any) -> "LoraConfig":
         """A checked copy with `changes`, open to further ones."""
@@ -178,17 +183,20 @@ class LoraConfig:
         """Raise ConfigError if a list or pattern of a config in use was changed in place, unseen until now."""
         for name, agreed in (self._agreed or {}).items():
             now = getattr(self, name)
-            if name not in FREE and json.dumps(now) != json.dumps(agreed):
+            if name not in FREE and json.dumps(now, default=_as_json) != json.dumps(agreed, default=_as_json):
                 raise ConfigError(f"{name} was changed to {now!r} in place, but its adapter was made with {agreed!r}.")
 
     def _as_arguments(self) -> dict[str, Any]:
         return {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as JSON values, with PEFT's `peft_type`."""
+        """Every field, as JSON values, with PEFT's `peft_type`; not `runtime_config`, which is for one run."""
         data = {
-            name: value.value if isinstance(value, TaskType) else value for name, value in self._as_arguments().items()
+            name: _as_json(value) if isinstance(value, SubConfig | TaskType) else value
+            for name, value in self._as_arguments().items()
+            if name != "runtime_config"
         }
+        data["loftq_config"] = data["loftq_config"] or {}  # as PEFT writes it
         return {"peft_type": self.peft_type, **data}
 
     def to_json(self) -> str:
@@ -213,8 +221,6 @@ class LoraConfig:
         for name, value in data.items():
             if name in known or name in NOTES or name == "peft_type":
                 continue
-            if name == "eva_config" and data.get("init_lora_weights") == "eva":
-                continue
             if value not in (NOT_YET.get(name), None, False, {}, []):
                 hint = "not available yet" if name in NOT_YET else f"unknown field{did_you_mean(name, known)}"
                 problems.append(f"{name}={value!r}: {hint}; it may change what the adapter computes")
@@ -222,7 +228,8 @@ class LoraConfig:
             raise ConfigError(bullet_list(f"{source} does not describe an adapter that can be used:", problems))
         given = {name: value for name, value in data.items() if name in known}
         if given.get("init_lora_weights") in PAST_INITS:
-            given["init_lora_weights"] = True
+            given |= {"init_lora_weights": True, "eva_config": None}
+        given.pop("runtime_config", None)
         saved = given.get("modules_to_save")
         if isinstance(saved, list):  # PEFT adds the head of a classifier a second time
             given["modules_to_save"] = [name for i, name in enumerate(saved) if name not in saved[:i]]
@@ -272,43 +279,9 @@ def _not_a_field(name: str, value: Any) -> str | None:
     return f"{name}: no such field{f', did you mean {alias!r}?' if alias else did_you_mean(name, _field_names())}"
 
 
-_NAME_LISTS = (
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "layer_replication",
-)
-
-
-def _tidied(name: str, value: Any) -> Any:
-    """The value in the one form that equal configs share and files hold: no sets, no tuples, no 16.0 for 16."""
-    if name in _NAME_LISTS and isinstance(value, set | frozenset):
-        value = sorted(value, key=str)
-    if name in _NAME_LISTS and isinstance(value, tuple | range):
-        value = list(value)
-    match name, value:
-        case "modules_to_save", str():
-            return [value]
-        case "target_modules", str() if value.lower() == ALL_LINEAR:
-            return ALL_LINEAR
-        case "rank_pattern" | "alpha_pattern", None:
-            return {}
-        case "lora_alpha", float() if value.is_integer():
-            return int(value)  # some servers read whole numbers only
-        case "layers_to_transform" | "target_parameters" | "layer_replication", []:
-            return None
-        case "trainable_token_indices", list() | dict() if not value:
-            return None
-        case "layer_replication", list() if all(isinstance(pair, list | tuple) for pair in value):
-            return [tuple(pair) for pair in value]
-        case "task_type", str() if value in list(TaskType):
-            return TaskType(value)
-    return value
+def _as_json(value: Any) -> Any:
+    """A sub-config or a task as JSON can hold it."""
+    return value.to_dict() if isinstance(value, SubConfig) else str(value)
 
 
 def _copied(value: Any) -> Any:

@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from veneer.config.init_names import INIT_NAMES, OPTIONS_FIELD, known_init
 from veneer.config.patterns import pattern_fault
+from veneer.config.sub_configs import SUB_CONFIGS
 
 if TYPE_CHECKING:
     from veneer.config.lora_config import LoraConfig
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1 << 16  # above what any weight can have; a slip such as r=10**8 would ask for terabytes
-INITS = (True, False, "gaussian")
-INITS_TO_COME = ("orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -72,8 +72,9 @@ def _or_none(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or right(value)
 
 
-def _is_init(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value in INITS)
+def _is_sub_config(name: str) -> tuple[Callable[[Any], bool], str]:
+    cls = SUB_CONFIGS[name]
+    return _or_none(lambda v: isinstance(v, cls)), f"must be None, a {cls.__name__} or a dict of its fields"
 
 
 def _is_indices(value: Any) -> bool:
@@ -116,8 +117,8 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "must be None or a list of different module names",
     ),
     "init_lora_weights": (
-        _is_init,
-        f"must be True, False or 'gaussian' ({', '.join(INITS_TO_COME)}: not available yet)",
+        known_init,
+        f"must be True, False, {', '.join(map(repr, INIT_NAMES))}, or 'pissa_niter_' and a number",
     ),
     "layers_to_transform": (
         _or_none(lambda v: _is_int(v, 0) or (isinstance(v, list) and all(_is_int(i, 0) for i in v))),
@@ -154,12 +155,26 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         _or_none(lambda v: isinstance(v, list) and bool(v) and all(_is_int(token, 0) for token in v)),
         "must be None or the token numbers of the text that invokes the adapter, in order",
     ),
+    **{name: _is_sub_config(name) for name in SUB_CONFIGS},
 }
+
+
+def _settings_without_effect(config: "LoraConfig") -> list[str]:
+    problems = [
+        f"{name} does nothing without init_lora_weights={method!r}: set both or neither"
+        for method, name in OPTIONS_FIELD.items()
+        if getattr(config, name) is not None and config.init_lora_weights != method
+    ]
+    if config.runtime_config.ephemeral_gpu_offload:
+        problems.append(
+            "ephemeral_gpu_offload does nothing here: norms are computed where the weight lies; leave it out"
+        )
+    return problems
 
 
 def clashes(config: "LoraConfig") -> list[str]:
     """Where two fields, each right by itself, cannot both be meant."""
-    problems = []
+    problems = _settings_without_effect(config)
     is_pattern = isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
     if is_pattern and config.layers_to_transform is not None:
         problems.append(

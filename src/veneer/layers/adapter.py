@@ -4,7 +4,7 @@ A rule is a pair of twins: `forward` on activations, `merged` on the weight. One
 Shapes: I in, O out, R rank; `...` any leading dimensions. A and B have the shapes that their kind gives them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ class Adapter(nn.Module):
     An adapter whose start is taken off the base (PiSSA, say) keeps A and B as they were at the start, A₀ and B₀, and
     is the update s·(BA − B₀A₀). So the base stays what it was, and the update is one of rank 2R.
 
+    frozen         which of "A" and "B" do not train
     trained_scale  the factor of the update that A and B were trained with
     scale          the factor that is used
     lora_bias      a trained bias of shape (O,), scaled like the update, or None
@@ -44,6 +45,7 @@ class Adapter(nn.Module):
         magnitude: Tensor | None = None,
         bias: Tensor | None = None,
         start: Factors | None = None,
+        frozen: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -51,12 +53,18 @@ class Adapter(nn.Module):
         self.scale: Number = scale
         self.dropout = dropout
         self.rule = "add" if magnitude is None else "dora"
-        self.lora_A = nn.Parameter(factors.A)
-        self.lora_B = nn.Parameter(factors.B)
+        self.frozen = frozen
+        self.lora_A = nn.Parameter(factors.A, requires_grad="A" not in frozen)
+        self.lora_B = nn.Parameter(factors.B, requires_grad="B" not in frozen)
         self.register_parameter("lora_bias", None if bias is None else nn.Parameter(bias))
         self.register_parameter("lora_magnitude", None if magnitude is None else nn.Parameter(magnitude))
         self.register_buffer("start_A", None if start is None else start.A)
         self.register_buffer("start_B", None if start is None else start.B)
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """The parameters that train when the adapter does."""
+        kept = {f"lora_{factor}" for factor in self.frozen}
+        return (parameter for name, parameter in self.named_parameters() if name not in kept)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update: the trained ones, and those of the start with the sign turned."""

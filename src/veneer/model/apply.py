@@ -10,7 +10,7 @@ from veneer.errors import MergeError
 from veneer.layers import attach, saved_module
 from veneer.layers.route import RoutedCheckpoint
 from veneer.layers.stand_in import StandIns
-from veneer.model.make import new_adapter, saved_adapter
+from veneer.model.make import Made, new_adapter, saved_adapter
 from veneer.model.overlay import (
     Overlay,
     hang,
@@ -21,6 +21,7 @@ from veneer.model.overlay import (
     take_down,
 )
 from veneer.model.plan import Plan, plan
+from veneer.model.statistics import forget_statistics, kept_statistics
 from veneer.model.tensors import copy_tensors
 from veneer.targets import Resolution
 
@@ -56,12 +57,7 @@ def carry_out(
     """
     name, overlay = todo.name, overlay_made_for(model)
     with _plain_base(model, overlay):
-        made = [
-            new_adapter(model, site, todo.config, float32=float32, generator=generator)
-            if tensors is None
-            else saved_adapter(model, site, tensors, float32=float32)
-            for site in todo.resolution.sites
-        ]
+        made = _made(model, todo, tensors, float32, generator)
     first = not overlay.configs
     try:
         for one in made:
@@ -84,8 +80,24 @@ def carry_out(
     hang(model, overlay)
     if tensors is not None:
         copy_tensors(model, name, tensors)
+    else:
+        forget_statistics(model)
     protect_checkpointing(model)
     activate(model, (name,) if first else overlay.route.active)
+
+
+def _made(
+    model: nn.Module, todo: Plan, tensors: Mapping[str, Tensor] | None, float32: bool, generator: Generator | None
+) -> list[Made]:
+    """The adapters of all sites. Raises ConfigError if the initialisation cannot start on one."""
+    sites, config = todo.resolution.sites, todo.config
+    if tensors is not None:
+        return [saved_adapter(model, site, config, tensors, float32=float32) for site in sites]
+    stats = kept_statistics(model, config)
+    return [
+        new_adapter(model, site, config, stats=stats.get(site.path), float32=float32, generator=generator)
+        for site in sites
+    ]
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

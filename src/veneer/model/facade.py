@@ -101,25 +101,37 @@ class PeftModel(AdapterMethods):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
+        convert_mutated_init: bool = True,
     ) -> None:
         """Write adapters in PEFT's format: `default` to the folder itself, each other one to a subfolder of its name.
 
-        state_dict  a state dict of this model to take the values from, as gathered from shards
+        state_dict            a state dict of this model to take the values from, as gathered from shards
+        convert_mutated_init  write adapters that take their start off the base (PiSSA, say) as plain LoRA of twice the
+                              rank over the original base; False: as trained, for readers that do the same start again
+
+        path_initial_model_for_weight_conversion is there for PEFT's callers; the start is remembered, not read.
 
         Each folder is replaced in one step. Raises AdapterNameError or AdapterFileError.
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization=False would write a pickle; adapters are written as safetensors.")
+        if save_embedding_layers not in ("auto", False):
+            raise ConfigError(
+                "save_embedding_layers=True would write base weights into the adapter. To train and save embeddings, "
+                "name them in modules_to_save; to save the base, call its own save_pretrained."
+            )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         if not is_main_process:
             return
         overlay_needed(self.bare).check_names(names)
         for name in names:
             folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-            save_adapter(self.bare, name, folder, state=state_dict)
+            save_adapter(self.bare, name, folder, state=state_dict, plain=convert_mutated_init)
 
     @classmethod
     def from_pretrained(

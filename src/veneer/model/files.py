@@ -1,7 +1,7 @@
 """Between a model and an adapter folder: save one, load one; everything is checked before anything changes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ from veneer.errors import AdapterFileError, bullet_list
 from veneer.model.apply import carry_out
 from veneer.model.overlay import overlay_needed
 from veneer.model.plan import plan
-from veneer.model.tensors import adapter_tensors, expected_tensors, repeated_keys, tensors_from_state
+from veneer.model.start import (
+    START,
+    check_start_can_be_redone,
+    doubled,
+    joined,
+    joined_shapes,
+    split,
+    takes_off_its_start,
+)
+from veneer.model.tensors import adapter_tensors, expected_tensors, repeated_keys, site_keys, tensors_from_state
 from veneer.storage.adapter_file import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -34,10 +43,14 @@ _TRAINED_WITH = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "a
 _NOTE = "veneer_trained_with"
 
 
-def save_adapter(model: nn.Module, name: str, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+def save_adapter(
+    model: nn.Module, name: str, folder: Path, *, state: Mapping[str, Tensor] | None = None, plain: bool = True
+) -> None:
     """Write adapter `name` to a folder in PEFT's format, in one step.
 
     state  a state dict of the model to take the values from, as gathered from shards
+    plain  write an adapter that takes its start off the base as a LoRA of twice the rank over the original base;
+           False: as it is in memory, to be read over the same base by the same initialisation
 
     Raises AdapterNameError, ConfigError if the config was edited, AdapterFileError if values are broken or missing.
     """
@@ -56,9 +69,14 @@ def save_adapter(model: nn.Module, name: str, folder: Path, *, state: Mapping[st
         )
     config = overlay.configs[name]
     config.check_unedited()
-    on_disk = config.changed(inference_mode=True)
+    kept = {key: value for key, value in tensors.items() if key.removesuffix(START) in expected}
+    if takes_off_its_start(config) and plain:
+        config, kept = doubled(config), joined(kept)
+    elif takes_off_its_start(config):
+        check_start_can_be_redone(config, f"Not saved to {folder}")
+        kept = {key: kept[key] for key in expected}
     notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config))}
-    write_adapter(folder, on_disk.to_json(), {key: tensors[key] for key in expected}, metadata=notes)
+    write_adapter(folder, config.changed(inference_mode=True).to_json(), kept, metadata=notes)
 
 
 def load_adapter(
@@ -81,6 +99,8 @@ def load_adapter(
     if config is None:
         config = LoraConfig.from_dict(read_config(folder), source=str(Path(folder) / CONFIG_FILE))
     config = config.changed(inference_mode=not trainable)
+    if takes_off_its_start(config):
+        check_start_can_be_redone(config, f"{folder} cannot be loaded")
     header = read_weights_header(folder)
     _check_config_belongs(folder, config, header)
     _check_rank(folder, config, header)
@@ -96,13 +116,20 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
     Raises AdapterFileError if they do not, or were trained with other settings.
     """
     overlay = overlay_needed(model)
-    header = read_weights_header(folder)
-    _check_config_belongs(folder, overlay.configs[name], header)
-    return _checked_tensors(model, folder, overlay.resolutions[name], header)
+    header, config, resolution = read_weights_header(folder), overlay.configs[name], overlay.resolutions[name]
+    if not takes_off_its_start(config):
+        _check_config_belongs(folder, config, header)
+        return _checked_tensors(model, folder, resolution, header)
+    _check_config_belongs(folder, doubled(config), header)
+    halves = {site_keys(site)[part] for site in resolution.sites for part in ("lora_A", "lora_B")}
+    return split(_checked_tensors(model, folder, resolution, header, halves), halves)
 
 
-def _checked_tensors(model: nn.Module, folder: Path, resolution: Resolution, header: Header) -> dict[str, Tensor]:
-    expected = expected_tensors(model, resolution)
+def _checked_tensors(
+    model: nn.Module, folder: Path, resolution: Resolution, header: Header, halves: Set[str] = frozenset()
+) -> dict[str, Tensor]:
+    """The values of a file that fits; those in `halves` hold a factor and its start."""
+    expected = joined_shapes(expected_tensors(model, resolution), halves)
     repeated = {key: base for key, base in repeated_keys(model, resolution).items() if key not in expected}
     check_header(folder, header, expected, repeated)
     tensors = read_tensors(folder, header.tensors)

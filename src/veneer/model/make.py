@@ -7,10 +7,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.init import Factors, Weight, initialise
+from veneer.config.init_names import FROZEN, OPTIONS_FIELD
+from veneer.errors import ConfigError
+from veneer.init import Components, Factors, Weight, initialise
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.weights import home, read, stored
+from veneer.model.start import takes_off_its_start
 from veneer.model.tensors import site_keys
 from veneer.targets import Site
 
@@ -27,31 +30,60 @@ class Made:
 
 
 def new_adapter(
-    model: nn.Module, site: Site, config: LoraConfig, *, float32: bool = True, generator: Generator | None = None
+    model: nn.Module,
+    site: Site,
+    config: LoraConfig,
+    *,
+    stats: Tensor | Components | None = None,
+    float32: bool = True,
+    generator: Generator | None = None,
 ) -> Made:
     """A new adapter, as `init_lora_weights` says it starts.
 
+    stats    what was measured for this layer, if the initialisation needs that
     float32  keep it in float32 over a half-precision base
     """
     layer: Layer = model.get_submodule(site.path)
     dtype, device = _dtype(stored(layer, site.parameter), float32), home(layer, site.parameter)
-    weight = Weight(*site.shape, device, lambda: site.kind.to_matrix(read(layer, site.parameter)))
-    made = initialise(_init_name(site, config), weight, site.rank, generator=generator)
+    made = _started(layer, site, config, stats, generator)
     A, B = (value.to(dtype).reshape(shape) for value, shape in zip((made.A, made.B), site.factors, strict=True))
     bias = torch.zeros(site.shape[0], device=device, dtype=dtype) if site.bias else None
+    base = _base(layer, site, made)
     magnitude = None
     if site.dora:
-        W = read(layer, site.parameter).detach().to(dtype)
-        magnitude = site.kind.row_norms(W + site.kind.weight_delta(A, B, site.scale, W.shape))
-    adapter = Adapter(site.kind, Factors(A, B), scale=site.scale, dropout=site.dropout, magnitude=magnitude, bias=bias)
-    return Made(site, adapter)
+        W = (read(layer, site.parameter) if base is None else base).detach().to(dtype)
+        V = W if made.subtract else W + site.kind.weight_delta(A, B, site.scale, W.shape)
+        magnitude = site.kind.row_norms(V)
+    adapter = Adapter(
+        site.kind,
+        Factors(A, B),
+        scale=site.scale,
+        dropout=site.dropout,
+        magnitude=magnitude,
+        bias=bias,
+        start=Factors(A.clone(), B.clone()) if made.subtract else None,
+        frozen=made.frozen,
+    )
+    return Made(site, adapter, base)
 
 
-def saved_adapter(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], *, float32: bool = True) -> Made:
-    """An adapter with the values of a file, already checked, by their names there."""
+def saved_adapter(
+    model: nn.Module, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], *, float32: bool = True
+) -> Made:
+    """An adapter with the values of a file, already checked, by their names there.
+
+    What the initialisation once did to the base is done again, where the config says that the file goes with that.
+    """
     layer: Layer = model.get_submodule(site.path)
     dtype, device = _dtype(stored(layer, site.parameter), float32), home(layer, site.parameter)
     values = {part: tensors[key].to(device, dtype) for part, key in site_keys(site).items()}
+    start, base = None, None
+    if config.init_lora_weights == "loftq" or takes_off_its_start(config):
+        made = _started(layer, site, config, None, None)
+        if made.subtract:
+            A, B = (value.to(dtype).reshape(shape) for value, shape in zip((made.A, made.B), site.factors, strict=True))
+            start = Factors(A, B)
+        base = _base(layer, site, made)
     adapter = Adapter(
         site.kind,
         Factors(values["lora_A"], values["lora_B"]),
@@ -59,12 +91,36 @@ def saved_adapter(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], *
         dropout=site.dropout,
         magnitude=values["lora_magnitude"].flatten() if site.dora else None,
         bias=values.get("lora_bias"),
+        start=start,
+        frozen=FROZEN.get(str(config.init_lora_weights), ()),
     )
-    return Made(site, adapter)
+    return Made(site, adapter, base)
 
 
-def _init_name(site: Site, config: LoraConfig) -> str:
+def _started(
+    layer: Layer, site: Site, config: LoraConfig, stats: Tensor | Components | None, generator: Generator | None
+) -> Factors:
+    """A and B as matrices, as the config's initialisation makes them. Raises ConfigError naming the layer."""
+    weight = Weight(*site.shape, home(layer, site.parameter), lambda: site.kind.to_matrix(read(layer, site.parameter)))
+    name = _init_name(site, config, stats)
+    options = getattr(config, OPTIONS_FIELD[name]) if name in OPTIONS_FIELD else None
+    try:
+        return initialise(name, weight, site.rank, scale=site.scale, options=options, stats=stats, generator=generator)
+    except ConfigError as error:
+        raise ConfigError(f"{site.path}: {error}") from None
+
+
+def _base(layer: Layer, site: Site, made: Factors) -> Tensor | None:
+    if made.base is None:
+        return None
+    W = read(layer, site.parameter)
+    return site.kind.from_matrix(made.base.to(W.dtype), W.shape)
+
+
+def _init_name(site: Site, config: LoraConfig, stats: Tensor | Components | None) -> str:
     choice = config.init_lora_weights
+    if choice == "eva" and stats is None:  # waits for its data
+        choice = True
     if isinstance(choice, bool):
         return site.kind.inits[0 if choice else 1]
     return choice if site.kind.by_matrix else site.kind.inits[0]

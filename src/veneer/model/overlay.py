@@ -91,8 +91,8 @@ def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
 
 
 def own_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """The parameters that belong to adapter `name` alone: factors, magnitudes, and its copies of saved modules."""
+    """What trains with adapter `name` alone: factors, biases, magnitudes, and its copies of saved modules."""
     for _, adapter in adapters_by_site(model, name):
-        yield from adapter.parameters()
+        yield from adapter.trained()
     for _, module in saved_modules(model, name):
         yield from module.modules_to_save[name].parameters()

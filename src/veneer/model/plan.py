@@ -46,7 +46,11 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
     resolution = resolve(model, config, strict=strict)
     problems = [
         *(problem for path in resolution.saved for problem in _why_not_saved(model.get_submodule(path), path, overlay)),
-        *(problem for site in resolution.sites for problem in _why_not_adapted(model.get_submodule(site.path), site)),
+        *(
+            problem
+            for site in resolution.sites
+            for problem in _why_not_adapted(model.get_submodule(site.path), site, config)
+        ),
         *_other_overlay(model, overlay, resolution),
         *_clashes_of_bias(overlay, resolution),
     ]
@@ -57,7 +61,7 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
         if not isinstance(module, Adapted) and not is_saved(module):
             check_forward(module)
     for site in resolution.sites:
-        if site.dora:
+        if site.dora or _looks_at_weights(config):
             read(model.get_submodule(site.path), site.parameter)
     stored_transposed = any(site.kind.fan_in_fan_out for site in resolution.sites)
     resolved = config.in_use(
@@ -109,7 +113,12 @@ def _why_not_saved(module: nn.Module, path: str, overlay: Overlay | None) -> lis
     return problems
 
 
-def _why_not_adapted(layer: Layer, site: Site) -> list[str]:
+def _looks_at_weights(config: LoraConfig) -> bool:
+    """Whether the initialisation needs the values of the weights, or what their data or gradients say of them."""
+    return config.init_lora_weights not in (True, False, "gaussian", "eva")
+
+
+def _why_not_adapted(layer: Layer, site: Site, config: LoraConfig) -> list[str]:
     problems = []
     if is_saved(layer):
         problems.append(f"target_modules: another adapter trains {site.path} in full")
@@ -121,6 +130,13 @@ def _why_not_adapted(layer: Layer, site: Site) -> list[str]:
         problems.append(f"target_modules: {site.path}: {why}")
     if site.dora and is_offloaded(layer, site.parameter):
         problems.append(f"use_dora: the weight of {site.path} is offloaded, and its norms cannot be read yet")
+    if _looks_at_weights(config) and is_offloaded(layer, site.parameter):
+        problems.append(f"init_lora_weights: the weight of {site.path} is offloaded and cannot be read")
+    if _looks_at_weights(config) and not site.kind.by_matrix:
+        problems.append(
+            f"init_lora_weights: {config.init_lora_weights!r} starts from a matrix, and {site.path} is an adapter on "
+            f"{site.kind.name}; leave it out of the targets, or give it an adapter of its own with another start"
+        )
     return problems
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from veneer.layers import attach, saved_module
 from veneer.layers.saved_module import original_state
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules
+from veneer.model.start import START
 from veneer.storage import keys
 from veneer.storage.adapter_file import Expected
 from veneer.targets import Resolution, Site
@@ -79,6 +80,10 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         shapes = site_shapes(site)
         for part, key in site_keys(site).items():
             tensors[key] = getattr(adapter, part).detach().view(shapes[part])
+        if adapter.start_A is not None and adapter.start_B is not None:
+            keys_of = site_keys(site)
+            tensors[keys_of["lora_A"] + START] = adapter.start_A
+            tensors[keys_of["lora_B"] + START] = adapter.start_B
     for path, module in saved_modules(model, name):
         for inner, value in module.modules_to_save[name].state_dict().items():
             tensors[keys.saved(path, inner)] = value
@@ -99,6 +104,8 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
     names: dict[str, str] = {}
     for site in resolution.sites:
         names |= {key: f"{site.path}.{attach.CHILD}.{name}.{part}" for part, key in site_keys(site).items()}
+        for part, start in (("lora_A", "start_A"), ("lora_B", "start_B")):
+            names[site_keys(site)[part] + START] = f"{site.path}.{attach.CHILD}.{name}.{start}"
     for path in resolution.saved:
         for inner in original_state(model.get_submodule(path)):
             names[keys.saved(path, inner)] = f"{path}.{saved_module.CHILD}.{name}.{inner}"
@@ -112,7 +119,11 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
 
 
 def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy checked values, by their names in an adapter file, into an adapter that is on the model."""
+    """Copy checked values, by their names in an adapter file, into an adapter that is on the model.
+
+    Where they do not say what an adapter took off the base at its start, it keeps what it has.
+    """
     with torch.no_grad():
         for key, value in adapter_tensors(model, name).items():
-            value.copy_(tensors[key])
+            if key in tensors or not key.endswith(START):
+                value.copy_(tensors[key])
