@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.train.optimizer import optimizer_for
 from veneer.train.progress import Progress
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import Tokens
@@ -27,7 +28,10 @@ def build_trainer(
     progress: Progress,
     meter: "Meter",
 ) -> "VeneerSFTTrainer":
-    """A trainer that trains what is trainable in `model`, logs each step and shows it."""
+    """A trainer that trains what is trainable in `model`, logs each step and shows it.
+
+    Raises what `optimizer_for` raises.
+    """
     from transformers import PrinterCallback
 
     from veneer.train.load import device
@@ -47,6 +51,8 @@ def build_trainer(
         warmup=settings.training.warmup,
     )
     trainer.remove_callback(PrinterCallback)
+    adamw = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    trainer.optimizer = optimizer_for(model, settings, adamw=adamw)  # None: the trainer makes its own
     return trainer
 
 
