@@ -133,8 +133,14 @@ class LoraFAOptimizer(Optimizer):
         super().__setstate__({**state, "_inverses": {}})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments keep their float32, which torch would round to the dtype of the parameter."""
+        """As torch's, but moments keep their float32, which torch would round to the dtype of the parameter.
+
+        The scales stay those of the model.
+        """
+        scales = [group.get("scales") for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, scales, strict=True):
+            group |= {} if own is None else {"scales": own}
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, parameter in zip(saved_ids, parameters, strict=True):
@@ -169,7 +175,7 @@ class LoraFAOptimizer(Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter, dtype=_at_least_float32(parameter))
         return state
@@ -193,7 +199,8 @@ class LoraFAOptimizer(Optimizer):
             found = [factors_B[batch[at]] for at in live]
             g_NOR = torch.stack([B.grad for B in found]).to(P_NRR.dtype)
             parameters += found
-            gradients += (g_NOR @ (P_NRR if len(live) == len(batch) else P_NRR[live])).unbind()
+            with torch.autocast(P_NRR.device.type, enabled=False):
+                gradients += (g_NOR @ (P_NRR if len(live) == len(batch) else P_NRR[live])).unbind()
         return parameters, gradients
 
 
@@ -222,16 +229,12 @@ def _inverse_batches(
 def gram_inverse(A_RI: Tensor) -> Tensor:
     """(A Aᵀ)⁻¹ in float64, for A of shape (…, R, I); the pseudo-inverse where A has not full rank.
 
-    The rank is that which gradients in A's precision (float32 at least) can tell: a direction whose singular value is
-    below max(R, I)·ε times the largest has only rounding errors for a gradient, and gets 0.
+    A direction counts if its eigenvalue is above R·ε times the largest, ε that of the gradients (float32, or float64
+    for such an A): in others a gradient holds rounding errors alone, and they get 0 instead of being blown up.
     """
-    R, columns = A_RI.shape[-2:]
     exact = A_RI.to("cpu" if A_RI.device.type == "mps" else A_RI.device, torch.float64)  # mps has no float64
-    smallest = max((max(R, columns) * torch.finfo(_at_least_float32(A_RI)).eps) ** 2, R * torch.finfo(exact.dtype).eps)
-    values_R, vectors_RR = torch.linalg.eigh(exact @ exact.mT)
-    kept = values_R > smallest * values_R.amax(dim=-1, keepdim=True)
-    inverted_R = torch.where(kept, 1 / torch.where(kept, values_R, 1.0), 0.0)
-    return (vectors_RR * inverted_R.unsqueeze(-2)) @ vectors_RR.mT
+    smallest = A_RI.shape[-2] * torch.finfo(_at_least_float32(A_RI)).eps
+    return torch.linalg.pinv(exact @ exact.mT, rtol=smallest, hermitian=True)
 
 
 def _adamw(

@@ -38,9 +38,12 @@ def build_trainer(
     from veneer.train.trainer import VeneerSFTTrainer
     from veneer.train.watch import FiniteGradients, LastStep, LogFile, Show
 
+    args = arguments(settings, checkpoints, evaluates=bool(eval_data.examples))
+    adamw = VeneerSFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer = optimizer_for(model, settings, adamw=adamw)  # before the trainer makes the folder of checkpoints
     trainer = VeneerSFTTrainer(
         model=model,
-        args=arguments(settings, checkpoints, evaluates=bool(eval_data.examples)),
+        args=args,
         train_dataset=_dataset(data),
         eval_dataset=_dataset(eval_data) if eval_data.examples else None,
         processing_class=tokenizer,
@@ -50,9 +53,8 @@ def build_trainer(
         schedule=settings.training.schedule,
         warmup=settings.training.warmup,
     )
+    trainer.optimizer = optimizer  # None: the trainer makes its own
     trainer.remove_callback(PrinterCallback)
-    adamw = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-    trainer.optimizer = optimizer_for(model, settings, adamw=adamw)  # None: the trainer makes its own
     return trainer
 
 
