@@ -1,6 +1,7 @@
 """LoRA-FA: PEFT's steps where PEFT is right, and the formula in float64 elsewhere."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -95,13 +96,14 @@ def test_one_step_is_the_formula():
     assert torch.equal(adapter.lora_A, A)
 
 
-def test_what_lies_beside_the_factors_takes_adamws_steps():
-    """Magnitudes, biases and modules trained in full, against torch's own AdamW (ε is 0, as the two place it apart)."""
-    fields = {"use_dora": True, "bias": "all", "modules_to_save": ["head"]}
+@pytest.mark.parametrize("own", ["use_dora", "lora_bias"])
+def test_what_lies_beside_the_factors_takes_adamws_steps(own):
+    """Against torch's own AdamW; ε is 0, as the two place it apart."""
+    fields = {own: True, "bias": "all", "modules_to_save": ["head"]}
     one, other = stack(**fields), stack(**fields)
     made = lorafa(one)
     beside = {name: p for name, p in other.named_parameters() if p.requires_grad and not name.endswith(("_A", "_B"))}
-    assert len(beside) == 5  # magnitude, two biases (first, norm) and the head's own two
+    assert len(beside) == 5  # the adapter's own, two biases (first, norm) and the head's own two
     reference = torch.optim.AdamW(beside.values(), eps=0, weight_decay=0, lr=0.01)
     for group in made.param_groups:
         group["eps"] = 0
@@ -269,9 +271,28 @@ def test_rounding_errors_are_not_blown_up(noise):
     assert torch.equal(gram_inverse(torch.zeros(4, 64)), torch.zeros(4, 4, dtype=torch.float64))
 
 
-def test_stacked_factors_have_stacked_inverses():
-    A = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(gram_inverse(A), torch.linalg.inv(A @ A.mT))
+def test_factors_of_a_convolution_are_matrices():
+    generator = torch.Generator().manual_seed(0)
+    A, B, gradient = (torch.randn(*shape, generator=generator) for shape in ((4, 6, 3, 3), (8, 4, 1, 1), (8, 4, 1, 1)))
+    deep = [nn.Parameter(A), nn.Parameter(B.clone())]
+    flat = [nn.Parameter(A.flatten(1)), nn.Parameter(B.flatten(1).clone())]
+    for _, of_B in (deep, flat):
+        of_B.grad = gradient.view_as(of_B).clone()
+    for pair in (deep, flat):
+        LoraFAOptimizer([{"params": pair, "scales": [2.0]}], lr=0.1).step()
+    assert torch.equal(deep[1].flatten(1), flat[1])
+    assert not torch.equal(deep[1], B)
+
+
+def test_an_update_that_is_no_product_is_refused():
+    model = stack()
+    adapter = factors(model)
+    adapter.kind = dataclasses.replace(adapter.kind, name="experts", delta=lambda A, B, scale, shape: B @ A * scale)
+    with pytest.raises(
+        ConfigError, match=r"those of 1 adapters are made otherwise\.\n  .*first\..*default \(experts\)"
+    ):
+        lorafa(model)
+    assert adapter.lora_A.requires_grad
 
 
 def test_an_A_of_zeros_is_an_error_that_names_the_layer():

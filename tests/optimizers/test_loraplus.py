@@ -19,6 +19,7 @@ CASES = [
     pytest.param(tiny.llama, {**LLAMA, "use_dora": True}, id="dora"),
     pytest.param(tiny.llama, {**LLAMA, "use_rslora": True, "rank_pattern": {"q_proj": 2}}, id="patterns"),
     pytest.param(tiny.Stack, STACK, id="biases-and-saved"),
+    pytest.param(tiny.Stack, {"target_modules": ["first", "second"], "lora_bias": True}, id="bias-of-its-own"),
 ]
 
 

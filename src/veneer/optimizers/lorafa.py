@@ -5,7 +5,8 @@ Of all steps that B alone can take, the one nearest to the gradient of W in s·B
 that in place of g_B. With A frozen, the input of a layer need not be kept for the backward pass, and (A Aᵀ)⁻¹ is
 computed once.
 
-Shapes: I in, O out, R rank, N layers of one shape.
+Shapes: I in, O out, R rank, N layers of one shape. Factors of more dimensions, a convolution's, are matrices of R
+columns (B) and R rows (A) here.
 """
 
 # torch's own optimizers are made of its _foreach functions, which have no public name.
@@ -40,9 +41,11 @@ def create_lorafa_optimizer(
     r, lora_alpha, use_rslora  must be those of the adapter's config. They are there for PEFT's callers: each layer's
                                own scale is used, whatever its rank_pattern, alpha_pattern and use_rslora
 
-    DoRA magnitudes, biases and modules trained in full take plain AdamW steps; biases and norms have no weight decay.
-    Raises ConfigError if an argument cannot be right, or an A is zero as an embedding's is at the start (frozen, it
-    would leave nothing to learn), and AdapterNameError if no adapter trains. Then nothing has changed.
+    DoRA magnitudes, biases (`lora_bias` too) and modules trained in full take plain AdamW steps; biases and norms have
+    no weight decay.
+    Raises ConfigError if an argument cannot be right, an A is zero as an embedding's is at the start (frozen, it would
+    leave nothing to learn) or an update is not one product B A, and AdapterNameError if no adapter trains. Then nothing
+    has changed.
     """
     check_numbers({"lr": lr, "weight_decay": weight_decay}, above_zero={"r": r, "lora_alpha": lora_alpha})
     adapters = adapters_in_training(model)
@@ -87,9 +90,17 @@ def _check_config(model: nn.Module, names: set[str], *, r: int, lora_alpha: floa
 
 
 def _check_factors(adapters: dict[str, Adapter]) -> None:
-    """ConfigError for an A that cannot stay as it is, AdapterNameError if no B trains."""
+    """ConfigError for factors that LoRA-FA cannot train, AdapterNameError if no B trains."""
     if not any(adapter.lora_B.requires_grad for adapter in adapters.values()):
         raise AdapterNameError("LoRA-FA trains B, and every lora_B of the model is frozen. Call set_requires_grad.")
+    other = [f"{path} ({adapter.kind.name})" for path, adapter in adapters.items() if adapter.kind.delta is not None]
+    if other:
+        raise ConfigError(
+            bullet_list(
+                f"LoRA-FA needs updates that are one product B A; those of {len(other)} adapters are made otherwise.",
+                [*other, "Leave them out of the target names."],
+            )
+        )
     zero = [path for path, adapter in adapters.items() if not adapter.lora_A.any()]
     if zero:
         raise ConfigError(
@@ -197,10 +208,11 @@ class LoraFAOptimizer(Optimizer):
             if not live:
                 continue
             found = [factors_B[batch[at]] for at in live]
-            g_NOR = torch.stack([B.grad for B in found]).to(P_NRR.dtype)
+            g_NOR = torch.stack([B.grad for B in found]).flatten(2).to(P_NRR.dtype)
             parameters += found
             with torch.autocast(P_NRR.device.type, enabled=False):
-                gradients += (g_NOR @ (P_NRR if len(live) == len(batch) else P_NRR[live])).unbind()
+                projected_NOR = g_NOR @ (P_NRR if len(live) == len(batch) else P_NRR[live])
+            gradients += projected_NOR.view(-1, *found[0].shape).unbind()
         return parameters, gradients
 
 
@@ -221,20 +233,20 @@ def _inverse_batches(
     for places in alike.values():
         s_N = torch.tensor([scales[place] for place in places], dtype=torch.float64)
         P_NRR = torch.stack([gram_inverse(factors_A[place]) for place in places])
-        P_NRR = P_NRR / s_N.square().to(P_NRR.device).view(-1, *[1] * (P_NRR.ndim - 1))
+        P_NRR = P_NRR / s_N.square().to(P_NRR.device).view(-1, 1, 1)
         B = factors_B[places[0]]
         yield places, P_NRR.to(B.device, _at_least_float32(B))
 
 
-def gram_inverse(A_RI: Tensor) -> Tensor:
-    """(A Aᵀ)⁻¹ in float64, for A of shape (…, R, I); the pseudo-inverse where A has not full rank.
+def gram_inverse(A: Tensor) -> Tensor:
+    """(A Aᵀ)⁻¹ in float64, for A of shape (R, …), a matrix of R rows; the pseudo-inverse where A has not full rank.
 
     A direction counts if its eigenvalue is above R·ε times the largest, ε that of the gradients (float32, or float64
     for such an A): in others a gradient holds rounding errors alone, and they get 0 instead of being blown up.
     """
-    exact = A_RI.to("cpu" if A_RI.device.type == "mps" else A_RI.device, torch.float64)  # mps has no float64
-    smallest = A_RI.shape[-2] * torch.finfo(_at_least_float32(A_RI)).eps
-    return torch.linalg.pinv(exact @ exact.mT, rtol=smallest, hermitian=True)
+    exact_RI = A.flatten(1).to("cpu" if A.device.type == "mps" else A.device, torch.float64)  # mps has no float64
+    smallest = len(A) * torch.finfo(_at_least_float32(A)).eps
+    return torch.linalg.pinv(exact_RI @ exact_RI.T, rtol=smallest, hermitian=True)
 
 
 def _adamw(

@@ -33,12 +33,12 @@ def adapters_in_training(model: nn.Module) -> dict[str, Adapter]:
 
 
 def name_of(path: str) -> str:
-    """The name of the adapter whose module has this path.
+    """The name of the adapter that a module at this path belongs to.
 
     >>> name_of("model.layers.0.self_attn.q_proj.adapters.default")
     'default'
     """
-    return path.rpartition(".")[2]
+    return path.rpartition("adapters.")[2].partition(".")[0]
 
 
 def without_decay(model: nn.Module) -> set[int]:
