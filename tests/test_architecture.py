@@ -10,6 +10,8 @@ import veneer
 HOUSE = Path(veneer.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 # Top to bottom: a room imports only rooms above it. Storage stands above config: it needs nothing but errors.
+# Optimizers stand below model: they ask a model for its adapters and configs, and no model asks for an optimizer.
+# They stand above the edge, for they work in any training loop and know no trainer.
 ROOMS = (
     ("errors", "suggest", "_version"),
     ("functional",),
@@ -19,6 +21,7 @@ ROOMS = (
     ("layers",),
     ("targets",),
     ("model",),
+    ("optimizers",),
     ("integrations",),
     ("train",),
     ("cli",),

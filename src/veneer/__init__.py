@@ -26,6 +26,8 @@ _HOMES = {
     "PeftModelForSequenceClassification": "veneer.model.facade",
     "PeftModelForTokenClassification": "veneer.model.facade",
     "TaskType": "veneer.config",
+    "create_lorafa_optimizer": "veneer.optimizers",
+    "create_loraplus_optimizer": "veneer.optimizers",
     "get_peft_model": "veneer.model.facade",
     "register_kind": "veneer.layers.kinds",
 }
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         get_peft_model,
     )
     from veneer.model.tuner import LoraModel
+    from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 __all__ = [
     "Kind",
@@ -59,6 +62,8 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "__version__",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
     "get_peft_model",
     "register_kind",
 ]

@@ -33,6 +33,8 @@ def test_the_template_names_every_setting() -> None:
 def test_every_line_of_the_template_with_a_choice_is_right() -> None:
     for choice in ("linear", "cosine", "constant"):
         assert parse(TEMPLATE, [f"training.schedule={choice}"]).training.schedule == choice
+    for choice in ("adamw", "loraplus", "lorafa"):
+        assert parse(TEMPLATE, [f"training.optimizer={choice}"]).training.optimizer == choice
     for choice in ("error", "drop", "cut"):
         assert parse(TEMPLATE, [f"data.too_long={choice}"]).data.too_long == choice
 
@@ -69,6 +71,17 @@ def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
         (SMALL + "training: {batch_size: many}", "training.batch_size: should be a valid integer, got 'many'"),
         (SMALL + "training: {schedule: liner}", "training.schedule: should be 'linear', 'cosine' or 'constant'"),
         (SMALL + "training: 3", "training: must be a section with keys of its own (epochs,"),
+        (SMALL + "training: {optimizer: adam}", "training.optimizer: should be 'adamw', 'loraplus' or 'lorafa'"),
+        (SMALL + "training: {optim: adamw}", "training.optim: unknown key, did you mean 'optimizer'?"),
+        (
+            SMALL + "training: {loraplus_lr_ratio: 16}",
+            "training: loraplus_lr_ratio has no effect with optimizer=adamw: say optimizer=loraplus",
+        ),
+        (
+            SMALL + "training: {optimizer: lorafa, loraplus_lr_embedding: 1e-5}",
+            "training: loraplus_lr_embedding has no effect with optimizer=lorafa",
+        ),
+        (SMALL + "training: {loraplus_lr_ratio: 0}", "training.loraplus_lr_ratio: should be greater than 0, got 0"),
         (SMALL + "training: {epochs: 2, max_steps: 5}", "training: epochs and max_steps both say how long"),
         (SMALL + "training: {epochs: null}", "training: neither epochs nor max_steps"),
         (SMALL + "training: {eval_every: 5}", "training.eval_every needs rows to evaluate on"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.train.optimizer import optimizer_for
 from veneer.train.progress import Progress
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import Tokens
@@ -27,16 +28,22 @@ def build_trainer(
     progress: Progress,
     meter: "Meter",
 ) -> "VeneerSFTTrainer":
-    """A trainer that trains what is trainable in `model`, logs each step and shows it."""
+    """A trainer that trains what is trainable in `model`, logs each step and shows it.
+
+    Raises what `optimizer_for` raises.
+    """
     from transformers import PrinterCallback
 
     from veneer.train.load import device
     from veneer.train.trainer import VeneerSFTTrainer
     from veneer.train.watch import FiniteGradients, LastStep, LogFile, Show
 
+    args = arguments(settings, checkpoints, evaluates=bool(eval_data.examples))
+    adamw = VeneerSFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer = optimizer_for(model, settings, adamw=adamw)  # before the trainer makes the folder of checkpoints
     trainer = VeneerSFTTrainer(
         model=model,
-        args=arguments(settings, checkpoints, evaluates=bool(eval_data.examples)),
+        args=args,
         train_dataset=_dataset(data),
         eval_dataset=_dataset(eval_data) if eval_data.examples else None,
         processing_class=tokenizer,
@@ -46,6 +53,7 @@ def build_trainer(
         schedule=settings.training.schedule,
         warmup=settings.training.warmup,
     )
+    trainer.optimizer = optimizer  # None: the trainer makes its own
     trainer.remove_callback(PrinterCallback)
     return trainer
 

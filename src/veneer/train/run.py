@@ -114,9 +114,12 @@ def _attach(model: "PreTrainedModel", settings: RunConfig) -> None:
     import torch
 
     from veneer.integrations.transformers import add_adapter
+    from veneer.optimizers.lorafa import freeze_A
 
     generator = torch.Generator().manual_seed(settings.training.seed)
     add_adapter(model, settings.lora.config(), generator=generator)
+    if settings.training.optimizer == "lorafa":
+        freeze_A(model)  # its optimizer would do so later; what trains is counted before
 
 
 def _counts(model: "PreTrainedModel") -> tuple[int, int]:

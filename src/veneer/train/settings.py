@@ -79,6 +79,9 @@ class Training(Section):
     batch_size: Count = 8
     gradient_accumulation: Count = 1
     learning_rate: Positive = 2e-4
+    optimizer: Literal["adamw", "loraplus", "lorafa"] = "adamw"
+    loraplus_lr_ratio: Positive | None = None
+    loraplus_lr_embedding: NotNegative | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: NotNegative = 0.03
     weight_decay: NotNegative = 0.0
@@ -100,6 +103,13 @@ class Training(Section):
         if isinstance(values, dict) and values.get("max_steps") is not None and "epochs" not in values:
             return {**values, "epochs": None}
         return values
+
+    @model_validator(mode="after")
+    def _the_optimizer_has_the_settings(self) -> Self:
+        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
+            if getattr(self, name) is not None and self.optimizer != "loraplus":
+                raise ValueError(f"{name} has no effect with optimizer={self.optimizer}: say optimizer=loraplus")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

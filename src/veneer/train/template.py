@@ -37,6 +37,9 @@ training:
   batch_size: 8
   gradient_accumulation: 1 # batches for one step
   learning_rate: 2e-4
+  optimizer: adamw         # adamw | loraplus: B learns faster than A | lorafa: A stays as it began, for less memory
+  loraplus_lr_ratio: null  # loraplus: how many times faster; null: 16
+  loraplus_lr_embedding: null   # loraplus: the learning rate of adapters on embeddings; null: 1e-6
   schedule: linear         # linear | cosine | constant
   warmup: 0.03             # steps until the full learning rate; below 1 it is a share of all steps
   weight_decay: 0.0
