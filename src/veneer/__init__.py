@@ -14,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 from veneer._version import __version__
 
 _HOMES = {
+    "CordaConfig": "veneer.config",
+    "EvaConfig": "veneer.config",
     "Kind": "veneer.layers.kinds",
+    "LoftQConfig": "veneer.config",
     "LoraConfig": "veneer.config",
+    "LoraGAConfig": "veneer.config",
     "LoraModel": "veneer.model.tuner",
+    "LoraRuntimeConfig": "veneer.config",
     "PeftConfig": "veneer.config",
     "PeftModel": "veneer.model.facade",
     "PeftModelForCausalLM": "veneer.model.facade",
@@ -33,7 +38,16 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
-    from veneer.config import LoraConfig, PeftConfig, TaskType
+    from veneer.config import (
+        CordaConfig,
+        EvaConfig,
+        LoftQConfig,
+        LoraConfig,
+        LoraGAConfig,
+        LoraRuntimeConfig,
+        PeftConfig,
+        TaskType,
+    )
     from veneer.layers.kinds import Kind, register_kind
     from veneer.model.facade import (
         PeftModel,
@@ -49,9 +63,14 @@ if TYPE_CHECKING:
     from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 __all__ = [
+    "CordaConfig",
+    "EvaConfig",
     "Kind",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
