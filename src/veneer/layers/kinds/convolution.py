@@ -7,6 +7,7 @@ Shapes: C channels in, O out, R rank, G groups, K the sizes of the kernel.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -49,6 +50,14 @@ def _base_update(
 
 def _over_positions(v_O: Tensor, dimensions: int) -> Tensor:
     return v_O.reshape(-1, *(1,) * dimensions)
+
+
+def _spread(v_O: Tensor, y: Tensor, *, dimensions: int) -> Tensor:
+    return _over_positions(v_O, dimensions)
+
+
+def _magnitude(layer: Layer, out_channels: int) -> Shape:
+    return (1, out_channels, *(1 for _ in layer.kernel_size))
 
 
 def _to_matrix(W: Tensor) -> Tensor:
@@ -95,8 +104,8 @@ def _convolution(dimensions: int) -> Kind:
         factors=_factors,
         to_matrix=_to_matrix,
         delta=_delta,
-        spread=lambda v_O, y: _over_positions(v_O, dimensions),
-        magnitude=lambda layer, out_channels: (1, out_channels, *(1,) * dimensions),
+        spread=partial(_spread, dimensions=dimensions),  # y may or may not have a batch
+        magnitude=_magnitude,
         groups=_groups,
         linear=False,
         refuse=_refuse,
