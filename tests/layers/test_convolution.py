@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
+from transformers import MambaConfig, MambaModel
 
 import veneer
 from parity.oracle import quietly
@@ -54,6 +55,7 @@ def dense(layer):
     return whole
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths")
 @way
 @dimensions
 @pytest.mark.parametrize("dora", [False, True])
@@ -250,3 +252,9 @@ def test_weight_norm_over_a_convolution():
     adapter = ours.get_base_model().conv.adapters["default"]
     u = F.conv1d(F.conv1d(x, adapter.lora_A), adapter.lora_B, groups=2)
     assert_close(ours(x), before + adapter.scale * u)
+
+
+def test_a_convolution_whose_weight_is_read_is_refused():
+    config = MambaConfig(hidden_size=4, state_size=2, num_hidden_layers=1, vocab_size=8)
+    with pytest.raises(TargetError, match="conv1d cannot be adapted: MambaMixer reads its weight without calling it"):
+        veneer.get_peft_model(MambaModel(config), veneer.LoraConfig(target_modules=["conv1d"]))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+from transformers import DebertaConfig, DebertaModel
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100ScaledWordEmbedding
@@ -204,3 +205,11 @@ def test_an_embed_scale_that_is_no_number_is_refused():
     layer.embed_scale = torch.ones(5)
     with pytest.raises(TargetError, match="computes more than a look-up and a scale"):
         adapted(layer)
+
+
+def test_an_embedding_whose_weight_is_read_is_refused():
+    config = DebertaConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, relative_attention=True
+    )
+    with pytest.raises(TargetError, match="rel_embeddings cannot be adapted: DebertaEncoder reads its weight without"):
+        veneer.get_peft_model(DebertaModel(config), veneer.LoraConfig(target_modules=["rel_embeddings"]))
