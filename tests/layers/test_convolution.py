@@ -17,8 +17,6 @@ import veneer
 from parity.oracle import quietly
 from tiny import shake
 from veneer.errors import AttachError, ConfigError, MergeError, TargetError
-from veneer.init import Weight, initialise
-from veneer.layers.kinds import kind_of
 from veneer.layers.route import parts_of
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -195,12 +193,21 @@ def test_a_new_adapter_is_drawn_as_pefts(start, groups):
     assert start == "gaussian" or adapter.lora_A.abs().max() <= bound
 
 
-def test_a_start_that_needs_a_matrix_is_refused_with_groups():
-    layer = nn.Conv1d(4, 8, 3, groups=2)
-    kind = kind_of(layer)
-    weight = Weight(*kind.dims(layer), torch.device("cpu"), lambda: layer.weight.flatten(1), groups=2)
-    with pytest.raises(ConfigError, match="that of a convolution with groups=2 is none"):
-        initialise("normal_both", weight, 4)
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal", "mica"])
+def test_starts_that_need_a_matrix(start):
+    """A convolution is one on the patches of its input, unless it has groups."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular"), torch.randn(2, 4, 5, 6)
+    config = veneer.LoraConfig(r=4, target_modules=["0"], init_lora_weights=start)
+    before = layer(x)
+    ours = veneer.get_peft_model(nn.Sequential(layer), config).eval()
+    with torch.no_grad():
+        assert_close(ours(x), before)
+        expected = shake(ours)(x)
+        assert not torch.allclose(expected, before, atol=0.1)
+        assert_close(ours.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="0: .*that of a convolution with groups=2 is none"):
+        veneer.get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
