@@ -1,10 +1,15 @@
 """Forward and merge are twins, for every kind and rule; dropout and dtypes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.testing import assert_close
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import veneer
@@ -18,8 +23,19 @@ from veneer.layers.route import Route
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(2, 3, 6)),
     "linear without bias": (lambda: nn.Linear(6, 5, bias=False), lambda: torch.randn(2, 3, 6)),
-    "conv1d": (lambda: Conv1D(5, 6), lambda: torch.randn(2, 3, 6)),
+    "transposed linear": (lambda: Conv1D(5, 6), lambda: torch.randn(2, 3, 6)),
     "embedding": (lambda: nn.Embedding(7, 5), lambda: torch.randint(0, 7, (2, 3))),
+    "scaled embedding": (
+        lambda: BartScaledWordEmbedding(7, 5, padding_idx=None, embed_scale=1.7),
+        lambda: torch.randint(0, 7, (2, 3)),
+    ),
+    "conv1d": (lambda: nn.Conv1d(3, 5, 2, stride=2, padding=1), lambda: torch.randn(2, 3, 6)),
+    "conv1d without batch": (lambda: nn.Conv1d(3, 5, 2, bias=False), lambda: torch.randn(3, 6)),
+    "conv2d": (
+        lambda: nn.Conv2d(2, 5, (3, 2), dilation=(1, 2), padding="same", padding_mode="circular"),
+        lambda: torch.randn(2, 2, 4, 5),
+    ),
+    "conv3d": (lambda: nn.Conv3d(2, 5, 2, padding=(0, 1, 0)), lambda: torch.randn(2, 2, 3, 2, 3)),
 }
 
 
@@ -29,12 +45,19 @@ def make(name: str, rule: str, *, dropout: float = 0.0, dtype: torch.dtype = tor
     x = x.to(dtype) if x.is_floating_point() else x
     kind = kind_of(layer)
     assert kind is not None
-    factors = initialise("normal_both", Weight(*kind.dims(layer), torch.device("cpu"), lambda: layer.weight), 3)
+    drawn = initialise("normal_both", Weight(*kind.dims(layer), torch.device("cpu"), lambda: layer.weight), 3)
+    shape_A, shape_B = kind.factors(layer, kind.dims(layer), 3)
+    factors = Factors(drawn.A.reshape(shape_A), drawn.B.reshape(shape_B))
     magnitude = torch.rand(kind.dims(layer)[0], dtype=torch.float64) + 0.5 if rule == "dora" else None
     adapter = Adapter(kind, factors, scale=0.7, dropout=dropout, magnitude=magnitude).double()
     route = Route()
     route.set(active=("a",))
     return layer, x, adapter, route
+
+
+def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """BA as an (O, I) matrix, whatever the shapes of A and B."""
+    return B.flatten(1) @ A.flatten(1)
 
 
 @pytest.mark.parametrize("rule", list(RULES))
@@ -69,7 +92,7 @@ def test_a_start_that_is_taken_off_the_base(name, rule):
     with torch.no_grad():
         mine.lora_A.mul_(1.5).add_(0.1)
         mine.lora_B.mul_(0.5).sub_(0.2)
-    V_OI = W_OI - 0.7 * start.B @ start.A + 0.7 * mine.lora_B @ mine.lora_A
+    V_OI = W_OI - 0.7 * product(start.A, start.B) + 0.7 * product(mine.lora_A, mine.lora_B)
     if magnitude is not None:
         V_OI = V_OI * (magnitude / V_OI.norm(dim=1)).unsqueeze(1)
     found = layer(x)
@@ -80,15 +103,17 @@ def test_a_start_that_is_taken_off_the_base(name, rule):
     assert_close(found, layer(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear without bias", "conv1d"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "embedding" not in name])
 def test_a_bias_of_its_own(name):
     layer, x, adapter, route = make(name, "add")
-    before = layer(x)
+    bare = copy.deepcopy(layer)
     factors = Factors(adapter.lora_A.detach(), adapter.lora_B.detach())
     mine = Adapter(adapter.kind, factors, scale=0.7, bias=torch.randn(5, dtype=torch.float64))
     attach(layer, "a", mine, route)
     delta = mine.delta(layer.weight.shape, torch.float64)
-    assert_close(layer(x), before + x @ adapter.kind.to_matrix(delta).T + 0.7 * mine.lora_bias)
+    bias = 0 if bare.bias is None else bare.bias
+    values = {"weight": layer.weight + delta, "bias": bias + 0.7 * mine.lora_bias}
+    assert_close(layer(x), functional_call(bare, values, x))
     assert_close(mine.bias_delta(torch.float64), 0.7 * mine.lora_bias)
 
 
@@ -98,11 +123,10 @@ def test_dora_starts_as_the_base(name):
     W_OI = adapter.kind.to_matrix(layer.weight.detach())
     with torch.no_grad():
         adapter.lora_B.zero_()
-    norms = dora.row_norms(W_OI, adapter.lora_A, adapter.lora_B, adapter.scale)
+    norms = dora.row_norms(W_OI, adapter.lora_A.flatten(1), adapter.lora_B.flatten(1), adapter.scale)
     before = layer(x)
-    with_magnitude = Adapter(
-        adapter.kind, type("F", (), {"A": adapter.lora_A, "B": adapter.lora_B}), scale=0.7, magnitude=norms
-    ).double()
+    factors = Factors(adapter.lora_A.detach(), adapter.lora_B.detach())
+    with_magnitude = Adapter(adapter.kind, factors, scale=0.7, magnitude=norms).double()
     attach(layer, "a", with_magnitude, route)
     assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
 
@@ -177,19 +201,34 @@ def test_autocast():
 def test_the_norm_is_a_constant_and_other_gradients_are_exact(name, rule):
     """Gradients equal those of the plain formula written with whole weights, in float64."""
     layer, x, adapter, route = make(name, rule)
+    bare = copy.deepcopy(layer)
     attach(layer, "a", adapter, route)
-    weight_of = adapter.kind.to_matrix
     layer(x).square().sum().backward()
     found = [p.grad.clone() for p in adapter.parameters()]
     adapter.zero_grad()
-    W = weight_of(layer.weight.detach()) + adapter.scale * adapter.lora_B @ adapter.lora_A
+    W_OI = adapter.kind.to_matrix(layer.weight.detach()) + adapter.scale * product(adapter.lora_A, adapter.lora_B)
     if rule == "dora":
-        W = W * (adapter.lora_magnitude / W.detach().norm(dim=1)).unsqueeze(1)
-    bias = getattr(layer, "bias", None)
-    y = W.T[x] if name == "embedding" else F.linear(x, W, bias)
-    y.square().sum().backward()
+        W_OI = W_OI * (adapter.lora_magnitude / W_OI.detach().norm(dim=1)).unsqueeze(1)
+    weight = adapter.kind.from_matrix(W_OI, layer.weight.shape)
+    functional_call(bare, {"weight": weight}, x).square().sum().backward()
     for gradient, parameter in zip(found, adapter.parameters(), strict=True):
         assert_close(gradient, parameter.grad)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_a_compiled_layer_gives_the_same_output(name, rule):
+    layer, x, adapter, route = make(name, rule)
+    attach(layer, "a", adapter, route)
+    torch.compiler.reset()
+    assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_a_pickled_layer_is_the_same_layer(name):
+    layer, x, adapter, route = make(name, "dora")
+    attach(layer, "a", adapter, route)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
 def test_a_kind_of_ones_own(monkeypatch):

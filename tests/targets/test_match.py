@@ -227,7 +227,10 @@ def test_biases_of_saved_modules_are_not_counted_twice():
             {"target_modules": ["self_attn"]},
             "LlamaAttention is not a kind of layer that can be adapted (it holds q_proj, k_proj",
         ),
-        ({"target_modules": ["norm"]}, "LlamaRMSNorm is not a kind of layer that can be adapted (Linear, Conv1D and"),
+        (
+            {"target_modules": ["norm"]},
+            "LlamaRMSNorm is not a kind of layer that can be adapted (Conv1D, Conv1d, Conv2d, ",
+        ),
         (
             {"exclude_modules": ["up_porj"]},
             "exclude_modules: 'up_porj' matches nothing; did you mean up_proj (4 layers)?",

@@ -27,13 +27,21 @@ def update_linear(x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float | Tensor) 
 
 
 def update_embedding(
-    ids: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float | Tensor, *, padding_idx: int | None = None
+    ids: Tensor,
+    A_RV: Tensor,
+    B_OR: Tensor,
+    scale: float | Tensor,
+    *,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
 ) -> Tensor:
     """s · B A onehot(ids), for integer ids of shape (...); returns (..., O).
 
-    The row of `padding_idx` gets no gradient, as in `torch.nn.Embedding`.
+    As in `torch.nn.Embedding`, the column of A that belongs to `padding_idx` gets no gradient, and with
+    `scale_grad_by_freq` the gradient of a column is divided by how often its token occurs in `ids`.
     """
-    return F.linear(F.embedding(ids, A_RV.T, padding_idx=padding_idx) * scale, B_OR)
+    h = F.embedding(ids, A_RV.T, padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    return F.linear(h * scale, B_OR)
 
 
 def delta(A_RI: Tensor, B_OR: Tensor, scale: float | Tensor) -> Tensor:

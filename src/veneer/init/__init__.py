@@ -41,6 +41,8 @@ INITS: dict[str, Initialiser] = {
     "corda": corda,
     "lora_ga": lora_ga,
 }
+# Those that look at nothing but the shape, which can start a grouped convolution as well.
+GROUPED = ("kaiming", "kaiming_both", "gaussian")
 # What the data-driven methods are given.
 _STATS: dict[str, type] = {"eva": Components, "corda": Tensor, "lora_ga": Tensor}
 
@@ -68,6 +70,11 @@ def initialise(
     Raises ConfigError if the method cannot start on this layer, and for options or stats that it does not take.
     """
     method, niter = (name, None) if name in INITS else split_name(name)
+    if weight.groups > 1 and method not in GROUPED:
+        raise ConfigError(
+            f"{name!r} starts from a weight that is a matrix, and that of a convolution with groups={weight.groups} is "
+            "none: choose True or 'gaussian' for init_lora_weights, or leave the layer out of target_modules."
+        )
     if options is not None and method not in OPTIONS_FIELD:
         raise ConfigError(f"{name!r} takes no options: leave {options!r} out.")
     if stats is not None:
@@ -96,4 +103,4 @@ def _placed(X: Tensor, device: torch.device) -> Tensor:
     return torch.empty(X.shape, dtype=torch.float32, device=device).copy_(X)
 
 
-__all__ = ["INITS", "Components", "Factors", "Initialiser", "Weight", "initialise"]
+__all__ = ["GROUPED", "INITS", "Components", "Factors", "Initialiser", "Weight", "initialise"]

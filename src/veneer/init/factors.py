@@ -9,12 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight to be adapted, as an (O, I) matrix whose values are read only if asked for."""
+    """One weight to be adapted, as an (O, I) matrix whose values are read only if asked for.
+
+    groups  in how many groups the outputs are, each of which sees its own part of the rank; then B is (O, R/groups),
+            and the weight is no (O, I) matrix
+    """
 
     out_features: int
     in_features: int
     device: torch.device
     read: Callable[[], Tensor]
+    groups: int = 1
 
     @classmethod
     def of(cls, W_OI: Tensor) -> "Weight":

@@ -87,4 +87,5 @@ def normal_both(
 def _empty(weight: Weight, rank: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """Where the generator is, so that a seed gives the same numbers for a model on any device."""
     place = {"device": weight.device if generator is None else generator.device, "dtype": torch.float32}
-    return torch.empty(rank, weight.in_features, **place), torch.empty(weight.out_features, rank, **place)
+    columns = rank // weight.groups
+    return torch.empty(rank, weight.in_features, **place), torch.empty(weight.out_features, columns, **place)

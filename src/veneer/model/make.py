@@ -101,7 +101,8 @@ def _started(
     layer: Layer, site: Site, config: LoraConfig, stats: Tensor | Components | None, generator: Generator | None
 ) -> Factors:
     """A and B as matrices, as the config's initialisation makes them. Raises ConfigError naming the layer."""
-    weight = Weight(*site.shape, home(layer, site.parameter), lambda: site.kind.to_matrix(read(layer, site.parameter)))
+    device, groups = home(layer, site.parameter), site.kind.groups(layer)
+    weight = Weight(*site.shape, device, lambda: site.kind.to_matrix(read(layer, site.parameter)), groups)
     name = _init_name(site, config, stats)
     options = getattr(config, OPTIONS_FIELD[name]) if name in OPTIONS_FIELD else None
     try:

@@ -170,6 +170,12 @@ def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple
         layer: Layer = model.get_submodule(path)
         if is_offloaded(layer, parameter):
             raise MergeError(f"The weight of {path} is offloaded: load the model without offloading to merge.")
+        if (groups := adapters[0].kind.groups(layer)) > 1:
+            problems.append(
+                f"{path} has groups={groups}: each output sees the inputs of its group, with the adapter all of them, "
+                "which its weight cannot express"
+            )
+            continue
         with torch.no_grad():
             merged, bias = _merged_weight(layer, parameter, adapters), _merged_bias(layer, adapters)
         if _adds_bias(adapters) and bias is None:
@@ -205,7 +211,7 @@ def _adds_bias(adapters: Sequence[Adapter]) -> bool:
 
 
 def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor:
-    weight = read(layer, parameter)
+    weight = adapters[0].kind.as_used(layer, read(layer, parameter))
     base = weight.to(_exact(weight))
     total = base
     for adapter in adapters:

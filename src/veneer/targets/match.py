@@ -134,8 +134,8 @@ def _check_layers(
         if owner := structure.readers.get(path):
             findings.wrong.append(f"modules_to_save: {path} cannot be trained in full: {owner}")
     if config.fan_in_fan_out and paths and not findings.wrong:
-        kinds = {kind.name for path in paths if (kind := kind_of(structure.modules[path]))}
-        if "conv1d" not in kinds:
+        kinds = [kind for path in paths if (kind := kind_of(structure.modules[path]))]
+        if not any(kind.fan_in_fan_out for kind in kinds):
             findings.idle.append(
                 "fan_in_fan_out=True: the targets store their weight as (out, in), so it would change nothing; "
                 "leave it out (it belongs to GPT-2's Conv1D)"

@@ -7,7 +7,7 @@ from torch import nn
 
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import Adapters
-from veneer.layers.kinds import class_name, kind_of
+from veneer.layers.kinds import KINDS, class_name, kind_of
 from veneer.layers.saved_module import Copies
 from veneer.layers.swap import base_class
 from veneer.targets.readers import READERS
@@ -36,7 +36,8 @@ class Structure:
         kind = kind_of(module)
         if kind is None:
             inside = dict.fromkeys(p.rpartition(".")[2] for p in self.layers if p.startswith(f"{path}."))
-            hint = f"it holds {', '.join(inside)}; name those" if inside else "Linear, Conv1D and Embedding are"
+            known = ", ".join(sorted(name.rpartition(".")[2] for name in KINDS))
+            hint = f"it holds {', '.join(inside)}; name those" if inside else f"{known} are"
             return f"{base_class(module).__name__} is not a kind of layer that can be adapted ({hint})"
         return self.readers.get(path) or kind.refuse(module)
 

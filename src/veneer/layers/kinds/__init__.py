@@ -9,15 +9,19 @@ Classes are looked up by name along the method resolution order, so nothing is i
 
 from torch import nn
 
-from veneer.layers.kinds.conv1d import CONV1D
+from veneer.layers.kinds.convolution import CONV1D, CONV2D, CONV3D
 from veneer.layers.kinds.embedding import EMBEDDING
 from veneer.layers.kinds.kind import Kind, Layer, Number, Shape
 from veneer.layers.kinds.linear import LINEAR
+from veneer.layers.kinds.transposed import TRANSPOSED
 
 KINDS: dict[str, Kind] = {
     "torch.nn.modules.linear.Linear": LINEAR,
     "torch.nn.modules.sparse.Embedding": EMBEDDING,
-    "transformers.pytorch_utils.Conv1D": CONV1D,
+    "torch.nn.modules.conv.Conv1d": CONV1D,
+    "torch.nn.modules.conv.Conv2d": CONV2D,
+    "torch.nn.modules.conv.Conv3d": CONV3D,
+    "transformers.pytorch_utils.Conv1D": TRANSPOSED,
 }
 
 
@@ -42,9 +46,12 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 __all__ = [
     "CONV1D",
+    "CONV2D",
+    "CONV3D",
     "EMBEDDING",
     "KINDS",
     "LINEAR",
+    "TRANSPOSED",
     "Kind",
     "Layer",
     "Number",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from veneer.functional import lowrank
 
@@ -58,8 +59,28 @@ def last_dimension(v_O: Tensor, y: Tensor) -> Tensor:
     return v_O
 
 
+def not_yet_sized(layer: Layer) -> str | None:
+    """Why a layer that learns its size from its first input cannot be adapted yet; None for any other."""
+    if isinstance(layer.weight, UninitializedParameter):
+        return "its size is not known before its first call; call the model once"
+    return None
+
+
+def owner_of(layer: Layer, method: str, classes: tuple[type, ...]) -> type:
+    """The class whose `method` a layer of one of these classes runs, beneath the adapters."""
+    return next(cls for cls in type(layer).__mro__ if method in vars(cls) and issubclass(cls, classes))
+
+
 def _flat_magnitude(layer: Layer, out_features: int) -> Shape:
     return (out_features,)
+
+
+def _ungrouped(layer: Layer) -> int:
+    return 1
+
+
+def _unchanged(layer: Layer, W: Tensor) -> Tensor:
+    return W
 
 
 def _no_reason(*_: Any) -> str | None:
@@ -81,6 +102,9 @@ class Kind:
     delta         (A, B, scale, shape of W) -> s·BA as a weight; None: the product of A and B as matrices
     spread        (v of shape (O,), y) -> v so that it multiplies the outputs of y
     magnitude     (layer, O) -> the shape of a DoRA magnitude in an adapter file
+    groups        (layer) -> in how many groups the outputs are, each of which sees its own part of the rank. With more
+                  than one, A sees inputs that the weight does not: no weight can take the update in
+    as_used       (layer, W) -> the weight as the layer's forward uses it, if that differs from what it keeps
     inits         what `init_lora_weights` True and False mean for this kind, as names of initialisers
     linear        whether "all-linear" includes it
     by_matrix     whether initialisations that look at the weight may see it as a matrix
@@ -104,6 +128,8 @@ class Kind:
     delta: Callable[[Tensor, Tensor, Number, Shape], Tensor] | None = None
     spread: Callable[[Tensor, Tensor], Tensor] = last_dimension
     magnitude: Callable[[Layer, int], Shape] = _flat_magnitude
+    groups: Callable[[Layer], int] = _ungrouped
+    as_used: Callable[[Layer, Tensor], Tensor] = _unchanged
     inits: tuple[str, str] = ("kaiming", "kaiming_both")
     linear: bool = True
     by_matrix: bool = True

@@ -1,4 +1,7 @@
-"""transformers' `Conv1D` (GPT-2): a linear layer that stores its weight as (I, O). Shapes: I in, O out."""
+"""transformers' `Conv1D` (GPT-2): a linear layer, no convolution, that stores its weight as (I, O).
+
+Shapes: I in, O out.
+"""
 
 from torch import Tensor
 
@@ -17,4 +20,4 @@ def _from_matrix(W_OI: Tensor, shape: Shape) -> Tensor:
     return W_OI.T
 
 
-CONV1D = Kind("conv1d", _dims, to_matrix=_to_matrix, from_matrix=_from_matrix, fan_in_fan_out=True)
+TRANSPOSED = Kind("transposed linear", _dims, to_matrix=_to_matrix, from_matrix=_from_matrix, fan_in_fan_out=True)
