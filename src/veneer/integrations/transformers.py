@@ -5,7 +5,7 @@ as transformers does for models that PEFT adapted. So Trainer and TRL write adap
 `LoraTrainerMixin` lets them go on from such a checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from veneer.errors import AdapterFileError, AttachError
 from veneer.layers import swap
 from veneer.model.apply import add_adapter as _add_adapter
 from veneer.model.apply import protect_checkpointing, set_enabled
+from veneer.model.batch import serving
 from veneer.model.files import load_adapter as _load_adapter
 from veneer.model.files import read_checked, save_adapter
 from veneer.model.merge import disable
@@ -101,6 +102,31 @@ class AdaptedModel(swap.Front):
         # where all of transformers' ways to switch checkpointing on end: recompute on the route of forward time
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[operator]
         protect_checkpointing(self)
+
+    def __call__(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward; `adapter_names` and `alora_offsets` as on a PeftModel."""
+        # not forward itself: Trainer and generate read its signature
+        if adapter_names is None and alora_offsets is None:
+            return super().__call__(*args, **kwargs)
+        with serving(self, args, kwargs, adapter_names=adapter_names, alora_offsets=alora_offsets):
+            return super().__call__(*args, **kwargs)
+
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own generate; `adapter_names` and `alora_offsets` as on a PeftModel."""
+        with serving(self, args, kwargs, adapter_names=adapter_names, alora_offsets=alora_offsets, generating=True):
+            return super().generate(*args, **kwargs)  # type: ignore[operator]
 
     def disable_adapters(self) -> None:
         """Let no adapter act until `enable_adapters`."""

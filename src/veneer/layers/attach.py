@@ -28,6 +28,7 @@ class Adapted(swap.Front):
     """Placed in front of any layer class: its output, then each adapter that acts."""
 
     word = "Lora"
+    by_rows = True
     adapters: Adapters
     _veneer_route: Route
 

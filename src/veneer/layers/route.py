@@ -6,13 +6,15 @@ Shapes: N rows of a batch, T tokens; `...` any further dimensions.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.errors import AttachError
+
+BASE = "__base__"  # where rows name their adapters: none
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class Part:
     batch: int
     rows: Tensor | None = None
     tokens: Tensor | None = None
+    _indices: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def through(self, update: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """y with `update(x, y)` in place of this part of it.
@@ -43,27 +46,50 @@ class Part:
         if self.rows is None:
             new = update(x, y)
         else:
-            rows = self._repeated(self.rows.to(x.device), times)
+            rows = self._index(x.device, times)
             new = y.index_copy(0, rows, update(x.index_select(0, rows), y.index_select(0, rows)))
         return new if self.tokens is None else torch.where(self._mask(y, times), new, y)
 
-    @staticmethod
-    def _repeated(rows: Tensor, times: int) -> Tensor:
-        if times == 1:
-            return rows
-        return (rows.unsqueeze(1) * times + torch.arange(times, device=rows.device)).reshape(-1)
+    def on_all_tokens(self) -> "Part":
+        """The same rows, from their first token to their last."""
+        return Part(self.batch, self.rows)
+
+    def _index(self, device: torch.device, times: int) -> Tensor:
+        """The rows of a layer's input, each `times` times; made once for all layers of a device."""
+        assert self.rows is not None
+        found = self._indices.get((device, times))
+        if found is None:
+            rows = self.rows.to(device)
+            found = (rows.unsqueeze(1) * times + torch.arange(times, device=device)).reshape(-1)
+            self._indices[device, times] = found
+        return found
 
     def _mask(self, y: Tensor, times: int) -> Tensor:
+        """Where y is to be changed. A layer that sees fewer tokens than the batch has, sees its last (a head, say)."""
         assert self.tokens is not None
         tokens = self.tokens.to(y.device)
-        if y.dim() == 2 and times == tokens.shape[1]:
-            return tokens.reshape(-1, 1)
-        if y.dim() < 3 or y.shape[1] != tokens.shape[1]:
+        T = tokens.shape[1]
+        if y.dim() == 2 and times % T == 0:
+            return tokens.repeat_interleave(times // T, 0).reshape(-1, 1)
+        if y.dim() < 3 or y.shape[1] > T:
             raise AttachError(
-                f"A layer's output has the shape {list(y.shape)} where rows have {tokens.shape[1]} tokens: on which of "
-                "them the adapter acts cannot be told. Leave the layer out of target_modules."
+                f"A layer's output has the shape {list(y.shape)} where rows have {T} tokens: on which of them the "
+                "adapter acts cannot be told. Leave the layer out of target_modules."
             )
-        return tokens.repeat_interleave(times, 0).unsqueeze(-1)
+        mask = tokens[:, T - y.shape[1] :].repeat_interleave(times, 0)
+        return mask.reshape(*mask.shape, *[1] * (y.dim() - 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Awaited(Part):
+    """The part of an activated adapter (aLoRA) while no tokens have been seen, and so outside the model's forward."""
+
+    def through(self, update: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """Raise AttachError: where the adapter acts is known within a forward pass of the whole model only."""
+        raise AttachError(
+            "An adapter with alora_invocation_tokens acts from those tokens on, and only the forward of the model it "
+            "was attached to sees them: call that, not a part of the model."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +100,20 @@ class Step:
     part: Part | None = None
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens that a call begins with, and where invoked adapters start to act in them.
+
+    starts      {adapter: (N,) index of the first token it acts on}
+    tokens      T
+    generating  whether the call is generate, which runs forward again and again with what follows these tokens
+    """
+
+    starts: Mapping[str, Tensor]
+    tokens: int
+    generating: bool
+
+
 class Route:
     """The adapters that act in the next forward pass, in order.
 
@@ -82,6 +122,8 @@ class Route:
     merged   the adapters that are part of the weights just now, and so must not be added again
     acting   what follows: the adapters whose effect the output has, added or merged
     plan     and those of them that layers must add, each with its part of the batch
+    invoked  the adapters that act from certain tokens on; the model's forward says where that is
+    prompt   within a call of generate, or one with alora_offsets: where they start to act
     """
 
     def __init__(self) -> None:
@@ -90,6 +132,8 @@ class Route:
         self.merged: tuple[str, ...] = ()
         self.acting: tuple[str, ...] = ()
         self.plan: tuple[Step, ...] = ()
+        self.invoked: frozenset[str] = frozenset()
+        self.prompt: Prompt | None = None
 
     def set(
         self,
@@ -97,13 +141,21 @@ class Route:
         active: tuple[str, ...] | None = None,
         enabled: bool | None = None,
         merged: tuple[str, ...] | None = None,
+        invoked: frozenset[str] | None = None,
     ) -> None:
-        """Change what is chosen, enabled or merged; what layers read follows."""
+        """Change what is chosen, enabled, merged or invoked; what layers read follows."""
+        self.invoked = self.invoked if invoked is None else invoked
         self.active = self.active if active is None else active
         self.enabled = self.enabled if enabled is None else enabled
         self.merged = self.merged if merged is None else merged
         self.acting = (self.merged or self.active) if self.enabled else ()
-        self.plan = () if self.merged else tuple(map(Step, self.acting))
+        self.plan = () if self.merged else tuple(map(self.step, self.acting))
+
+    def step(self, name: str, part: Part | None = None) -> Step:
+        """An adapter's turn, on its part of the batch; on which tokens of it an invoked adapter acts is awaited."""
+        if name not in self.invoked:
+            return Step(name, part)
+        return Step(name, Awaited(0) if part is None else Awaited(part.batch, part.rows))
 
     @contextmanager
     def following(self, acting: tuple[str, ...], plan: tuple[Step, ...]) -> Iterator[None]:
@@ -118,7 +170,7 @@ class Route:
     @contextmanager
     def serving(self, parts: Mapping[str, Part]) -> Iterator[None]:
         """Within the block, each adapter serves its part of the batch."""
-        with self.following(tuple(parts), tuple(Step(name, part) for name, part in parts.items())):
+        with self.following(tuple(parts), tuple(map(self.step, parts, parts.values()))):
             yield
 
 

@@ -28,12 +28,13 @@ class Saved(swap.Front):
     """Placed in front of a module's class: its own forward, or that of the copy that acts."""
 
     word = "Saved"
+    by_rows = True
     modules_to_save: Copies
     _veneer_route: Route
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the copy that acts, or of the module itself; row by row where adapters serve parts."""
-        steps = [step for step in self._veneer_route.plan if step.part is not None]
+        steps = [step for step in self._veneer_route.plan if step.part is not None and step.part.rows is not None]
         if steps:
             return self._by_parts(steps, *args, **kwargs)
         for name in reversed(self._veneer_route.acting):
@@ -53,7 +54,8 @@ class Saved(swap.Front):
                 )
             assert step.part is not None
             copy, x = self.modules_to_save[step.name], args[0] if args else next(iter(kwargs.values()))
-            y = step.part.through(lambda x, y, copy=copy: copy(x).to(y.dtype), x, y)
+            rows = step.part.on_all_tokens()  # an adapter's invocation is about its update, not about its copies
+            y = rows.through(lambda x, y, copy=copy: copy(x).to(y.dtype), x, y)
         return y
 
 

@@ -16,10 +16,12 @@ from veneer.layers.kinds import Layer
 class Front(nn.Module):
     """Placed in front of a module's class. Never made by itself.
 
-    word  what the made class's name begins with
+    word     what the made class's name begins with
+    by_rows  whether adapters on such a module can serve the rows of a batch one by one
     """
 
     word: ClassVar[str] = ""
+    by_rows: ClassVar[bool] = False
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class made on the fly has no importable name: make it again from its two halves.

@@ -10,6 +10,7 @@ from veneer.errors import MergeError
 from veneer.layers import attach, saved_module
 from veneer.layers.route import RoutedCheckpoint
 from veneer.layers.stand_in import StandIns
+from veneer.model.invocation import follow_invocations
 from veneer.model.make import Made, new_adapter, saved_adapter
 from veneer.model.overlay import (
     Overlay,
@@ -78,6 +79,7 @@ def carry_out(
     overlay.resolutions[name] = todo.resolution
     overlay.trainable[name] = not todo.config.inference_mode
     hang(model, overlay)
+    follow_invocations(model, overlay)
     if tensors is not None:
         copy_tensors(model, name, tensors)
     else:
@@ -112,6 +114,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     _take_off(model, name, overlay.resolutions[name])
     for table in (overlay.configs, overlay.resolutions, overlay.trainable):
         table.pop(name)
+    follow_invocations(model, overlay)
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))
     else:

@@ -136,6 +136,11 @@ def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) ->
         raise MergeError("The adapters are disabled: enable them before merging.")
     if not names:
         raise MergeError("No adapter is active: name those to merge.")
+    if invoked := [name for name in names if name in overlay.route.invoked]:
+        raise MergeError(
+            f"Adapter {invoked[0]!r} acts from its alora_invocation_tokens on only, and merged weights would act on "
+            "every token: it cannot be merged."
+        )
     owners: dict[str, str] = {}
     for name in names:
         for path, _ in saved_modules(model, name):

@@ -12,7 +12,8 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, VeneerWarning
 from veneer.model import merge
 from veneer.model.apply import activate, add_adapter, follow_route, protect_checkpointing, remove_adapter, set_enabled
-from veneer.model.overlay import Overlay, overlay_of
+from veneer.model.batch import serving
+from veneer.model.overlay import Overlay, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
 
 
@@ -82,12 +83,18 @@ class AdapterMethods(nn.Module):
         activate(self.bare, names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Say whether adapters train while they are active. Raises AdapterNameError."""
+        """Say whether adapters train while they are active. Raises AdapterNameError.
+
+        For one that rests it holds until the next `set_adapter`, too: a batch may name it (`adapter_names`).
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._overlay.check_names(names)
         for name in names:
             self._overlay.trainable[name] = requires_grad
         follow_route(self.bare, self._overlay)
+        for name in names:
+            for parameter in own_parameters(self.bare, name):
+                parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active.
@@ -146,6 +153,27 @@ class AdapterMethods(nn.Module):
         model = merge.remove_all(self.bare)
         self._tidy()
         return model
+
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Sequence[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own generate, with the active adapters, or with those of each row of the prompts.
+
+        adapter_names  the adapter of each row, `"__base__"` for none; beams and further sequences of a row follow it
+        alora_offsets  for adapters with alora_invocation_tokens: how many of its last tokens they act on in each row,
+                       None for none; found in the prompt unless given
+
+        Raises AdapterNameError, ArgumentError, AttachError or MergeError, and then nothing was generated.
+        """
+        own: Callable[..., Any] = self.bare.generate  # type: ignore[assignment]
+        with serving(
+            self.bare, args, kwargs, adapter_names=adapter_names, alora_offsets=alora_offsets, generating=True
+        ):
+            return own(*args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own, such that recomputation uses the adapters of forward time."""

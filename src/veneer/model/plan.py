@@ -10,9 +10,11 @@ from veneer.errors import AdapterNameError, AttachError, ConfigError, MergeError
 from veneer.layers import attach, saved_module
 from veneer.layers.attach import Adapted
 from veneer.layers.kinds import Layer
+from veneer.layers.route import BASE
 from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import check_forward
 from veneer.layers.weights import is_offloaded, read
+from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
 from veneer.targets import Resolution, Site, resolve
 
@@ -53,6 +55,7 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
         ),
         *_other_overlay(model, overlay, resolution),
         *_clashes_of_bias(overlay, resolution),
+        *why_not_invoked(model, config, resolution),
     ]
     if problems:
         raise AttachError(bullet_list(f"Adapter {name!r} cannot be attached:", problems))
@@ -78,7 +81,6 @@ def _refuse_unbuilt(config: LoraConfig) -> None:
         "trainable_token_indices",
         "layer_replication",
         "ensure_weight_tying",
-        "alora_invocation_tokens",
     )
     problems = [
         f"{field}={value!r}: not available yet; leave it out" for field in unbuilt if (value := getattr(config, field))
@@ -96,6 +98,8 @@ def check_name(name: str, overlay: Overlay | None) -> None:
         )
     if hasattr(nn.ModuleDict(), name):
         raise AdapterNameError(f"An adapter cannot be called {name!r}: torch modules have an attribute of that name.")
+    if name == BASE:
+        raise AdapterNameError(f"An adapter cannot be called {name!r}: among adapter_names that means the base model.")
     if overlay is not None and name in overlay.configs:
         raise AdapterNameError(f"There is an adapter {name!r} already: delete it first, or choose another name.")
 
