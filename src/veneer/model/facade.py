@@ -65,7 +65,7 @@ class PeftModel(AdapterMethods):
         return facade
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward, with the active adapters or those that `adapter_names` gives each row (`LoraModel`)."""
+        """The model's own forward, with the active adapters, or with those of each row (`LoraModel`)."""
         return self.base_model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
