@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from veneer.functional.lowrank import delta, drop_whole_tokens, scaling, update_embedding, update_linear
+from veneer.functional.lowrank import (
+    delta,
+    drop_whole_tokens,
+    scaling,
+    update_by_group,
+    update_embedding,
+    update_linear,
+)
 
 IN, OUT, RANK, VOCAB = 5, 4, 3, 7
 
@@ -27,6 +34,12 @@ def test_update_linear_is_the_plain_formula(leading):
     x, A, B = random(*leading, IN, seed=1), random(RANK, IN, seed=2), random(OUT, RANK, seed=3)
     expected = 0.7 * (B @ A @ x.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(update_linear(x, A, B, 0.7), expected)
+
+
+def test_update_by_group_is_update_linear_for_each():
+    x, A, B = random(3, 2, IN, seed=1), random(3, RANK, IN, seed=2), random(3, OUT, RANK, seed=3)
+    expected = torch.stack([update_linear(*one, 0.7) for one in zip(x, A, B, strict=True)])
+    torch.testing.assert_close(update_by_group(x, A, B, 0.7), expected)
 
 
 def test_gradients_of_update_linear():

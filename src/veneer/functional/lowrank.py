@@ -26,6 +26,11 @@ def update_linear(x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float | Tensor) 
     return F.linear(F.linear(x, A_RI) * scale, B_OR)
 
 
+def update_by_group(x_GXI: Tensor, A_GRI: Tensor, B_GOR: Tensor, scale: float | Tensor) -> Tensor:
+    """s · B A x for G groups of X inputs, each with an A and a B of its own; returns (G, X, O)."""
+    return torch.bmm(torch.bmm(x_GXI, A_GRI.mT) * scale, B_GOR.mT)
+
+
 def update_embedding(
     ids: Tensor,
     A_RV: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.layers import swap
 from veneer.layers.adapter import Adapter
+from veneer.layers.by_rows import serve_rows
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Part, Route
 
@@ -35,10 +36,16 @@ class Adapted(swap.Front):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the adapters of the route's plan added in order."""
         y = super().forward(*args, **kwargs)
-        for step in self._veneer_route.plan:
-            if step.name in self.adapters:
-                x = args[0] if args else next(iter(kwargs.values()))
-                y = self._add(self.adapters[step.name], step.part, x, y)
+        steps = [(step.name, step.part) for step in self._veneer_route.plan if step.name in self.adapters]
+        if not steps:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        if len(steps) > 1:
+            rows = [(self.adapters[name], part) for name, part in steps if part is not None and part.rows is not None]
+            if len(rows) == len(steps):
+                return serve_rows(rows, x, y, self)
+        for name, part in steps:
+            y = self._add(self.adapters[name], part, x, y)
         return y
 
     def _add(self, adapter: Adapter, part: Part | None, x: Tensor, y: Tensor) -> Tensor:

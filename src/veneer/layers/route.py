@@ -30,6 +30,7 @@ class Part:
     rows: Tensor | None = None
     tokens: Tensor | None = None
     _indices: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _shared: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
 
     def through(self, update: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """y with `update(x, y)` in place of this part of it.
@@ -37,18 +38,40 @@ class Part:
         A layer may see each row several times in a run: its tokens one below the other, or its beams.
         Raises AttachError if the layer's input is no such batch.
         """
+        if self.rows is not None:
+            return y.index_copy(0, *self.changed(update, x, y))
+        times = self.check(x)
+        new = update(x, y)
+        return new if self.tokens is None else torch.where(self._mask(y, times), new, y)
+
+    def changed(self, update: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(indices in y, `update(x, y)` there) of the rows, for a part that names some."""
+        times = self.check(x)
+        rows = self._index(x.device, times)
+        old = y.index_select(0, rows)
+        new = update(x.index_select(0, rows), old)
+        if self.tokens is None:
+            return rows, new
+        return rows, torch.where(self._mask(y, times).index_select(0, rows), new, old)
+
+    def check(self, x: Tensor) -> int:
+        """How many times a layer's input has each row. Raises AttachError if it is no such batch."""
         times, rest = divmod(x.shape[0], self.batch)
         if rest or not times:
             raise AttachError(
                 f"A layer got {x.shape[0]} rows where the batch has {self.batch}: which adapter serves which of them "
                 "cannot be told. Choose one adapter for the whole batch with set_adapter."
             )
-        if self.rows is None:
-            new = update(x, y)
-        else:
-            rows = self._index(x.device, times)
-            new = y.index_copy(0, rows, update(x.index_select(0, rows), y.index_select(0, rows)))
-        return new if self.tokens is None else torch.where(self._mask(y, times), new, y)
+        return times
+
+    def shared(
+        self, parts: "Sequence[Part]", device: torch.device, make: "Callable[[Sequence[Part], torch.device], Any]"
+    ) -> Any:
+        """What `make` gives for these parts of one batch, the first of which is this; made once for all layers."""
+        key = device, *map(id, parts)
+        if key not in self._shared:
+            self._shared[key] = make(parts, device), tuple(parts)  # which live on, so that no other has their id
+        return self._shared[key][0]
 
     def on_all_tokens(self) -> "Part":
         """The same rows, from their first token to their last."""
@@ -174,13 +197,13 @@ class Route:
             yield
 
 
-def parts_of(names: Sequence[str | None], *, device: torch.device | None = None) -> dict[str, Part]:
+def parts_of(names: Sequence[str | None]) -> dict[str, Part]:
     """The rows of each adapter, given the name for each row of a batch; None for a row that gets no adapter."""
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         if name is not None:
             rows.setdefault(name, []).append(row)
-    return {name: Part(len(names), torch.tensor(mine, device=device)) for name, mine in rows.items()}
+    return {name: Part(len(names), torch.tensor(mine)) for name, mine in rows.items()}
 
 
 class RoutedCheckpoint:

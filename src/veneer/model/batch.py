@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError, bullet_list
 from veneer.layers.kinds import class_name
 from veneer.layers.route import BASE, parts_of
-from veneer.layers.swap import front_of
+from veneer.layers.swap import base_class, front_of
 from veneer.model.invocation import Offsets, arguments, prompted
 from veneer.model.overlay import Overlay, overlay_needed, overlay_of
+from veneer.targets import Resolution
 
 # The arguments that have one entry for each row of the batch, the surest first.
 _BATCHES = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "decoder_input_ids")
@@ -67,21 +67,19 @@ def serving(
     with ExitStack() as stack:
         if adapter_names is not None:
             names = _checked(model, overlay, adapter_names, given)
-            stack.enter_context(_rows(overlay, names, given))
+            stack.enter_context(_rows(overlay, names))
         stack.enter_context(prompted(overlay, given, alora_offsets, generating=generating))
         yield
 
 
 @contextmanager
-def _rows(overlay: Overlay, names: list[str], given: Mapping[str, Any]) -> Iterator[None]:
+def _rows(overlay: Overlay, names: list[str]) -> Iterator[None]:
     route, distinct = overlay.route, set(names)
     if len(distinct) == 1:
         acting = tuple(distinct - {BASE})
         block = route.following(acting, tuple(map(route.step, acting)))
     else:
-        batch = _batch(given)
-        device = None if batch is None else batch.device
-        block = route.serving(parts_of([None if name == BASE else name for name in names], device=device))
+        block = route.serving(parts_of([None if name == BASE else name for name in names]))
     with block:
         yield
 
@@ -133,36 +131,33 @@ def _refuse_changed_base(overlay: Overlay, distinct: list[str]) -> None:
 def _why_not_by_rows(model: nn.Module, overlay: Overlay, name: str, given: Mapping[str, Any]) -> Iterator[str]:
     """Where the adapter lies on layers that do not see row after row."""
     resolution = overlay.resolutions[name]
-    strange = _strange_owners(model)
-    packed = any(key.endswith("grid_thw") and value is not None for key, value in given.items())
+    looked_at, problems = overlay.not_by_rows.get(name, (None, ()))
+    if looked_at is not resolution:
+        problems = tuple(f"{name!r} adapts {problem}" for problem in _layers_without_rows(model, resolution))
+        overlay.not_by_rows[name] = resolution, problems
+    yield from problems
+    if any(key.endswith("grid_thw") and value is not None for key, value in given.items()):
+        for site in resolution.sites:
+            if "visual" in site.path or "vision" in site.path:
+                yield f"{name!r} adapts {site.path}: it sees patches of images of several rows, one after the other"
+
+
+def _layers_without_rows(model: nn.Module, resolution: Resolution) -> Iterator[str]:
     for site in resolution.sites:
-        parts = site.path.split(".")
         front = front_of(model.get_submodule(site.path))
+        parts = site.path.split(".")
+        owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+        owner = next((owner for owner in owners if _ROWS_ELSEWHERE & set(map(class_name, type(owner).__mro__))), None)
         if "experts" in parts:
-            yield f"{name!r} adapts {site.path}: an expert sees tokens of several rows, mixed"
+            yield f"{site.path}: an expert sees tokens of several rows, mixed"
         elif site.parameter != "weight" or front is None or not front.by_rows:
-            yield f"{name!r} adapts {site.path}.{site.parameter}, which is read as one weight for all rows"
-        elif owner := next((path for path in strange if f"{site.path}.".startswith(path)), None):
-            yield f"{name!r} adapts {site.path}: {strange[owner]} does not keep row after row"
-        elif packed and any("visual" in part or "vision" in part for part in parts):
-            yield f"{name!r} adapts {site.path}: it sees patches of images of several rows, one after the other"
-
-
-def _strange_owners(model: nn.Module) -> dict[str, str]:
-    """{path and a dot: class} of the modules inside which rows are not the first dimension."""
-    classes = {type(module) for module in model.modules()}
-    strange = {cls for cls in classes if _ROWS_ELSEWHERE & set(map(class_name, cls.__mro__))}
-    if not strange:
-        return {}
-    return {
-        f"{path}." if path else "": type(module).__name__
-        for path, module in model.named_modules()
-        if type(module) in strange
-    }
+            yield f"{site.path}.{site.parameter}, which is read as one weight for all rows"
+        elif owner is not None:
+            yield f"{site.path}: {base_class(owner).__name__} does not keep row after row"
 
 
 def _batch(given: Mapping[str, Any]) -> Tensor | None:
     """The argument whose first dimension is the rows of the batch; None if no tensor was given."""
     known = (given.get(name) for name in _BATCHES)
-    tensors = (value for value in (*known, *given.values()) if isinstance(value, torch.Tensor) and value.dim())
+    tensors = (value for value in (*known, *given.values()) if isinstance(value, Tensor) and value.dim())
     return next(tensors, None)

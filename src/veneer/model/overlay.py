@@ -25,6 +25,7 @@ class Overlay:
     biases     the biases an adapter trains
     bases      the base weights an adapter has replaced, as LoftQ does
     trainable  whether the adapter may get gradients; False for one that was loaded for use
+    not_by_rows  why an adapter cannot serve rows of a batch, as found for a resolution
     originals  while adapters are merged: the base's parameters by (path, name), to be put back as they were
     """
 
@@ -34,6 +35,7 @@ class Overlay:
     biases: dict[str, StandIns] = field(default_factory=dict)
     bases: dict[str, StandIns] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
+    not_by_rows: dict[str, tuple[Resolution, tuple[str, ...]]] = field(default_factory=dict)
     originals: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
 
     def check_names(self, names: Iterable[str]) -> None:
