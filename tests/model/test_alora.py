@@ -14,6 +14,7 @@ import tiny
 import veneer
 from veneer.errors import ArgumentError, AttachError, ConfigError, MergeError, VeneerWarning
 from veneer.integrations import transformers as in_place
+from veneer.layers.route import parts_of
 from veneer.model.invocation import NEVER, last_occurrence
 
 INVOCATION = [7, 9]
@@ -297,6 +298,11 @@ class TestTheModel:
             model.bare.model(x)
         model.set_adapter("plain")
         model.bare.model(x)
+        model.add_adapter("second", activated())
+        route = model.bare._veneer_overlay.route
+        parts = parts_of(["activated", "second", "plain", None])
+        with route.serving(parts), pytest.raises(AttachError, match="call that, not a part"):
+            model.bare.model(x)
 
     @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
     def test_an_error_inside_leaves_nothing(self, error):
@@ -329,6 +335,10 @@ class TestTheModel:
         full = model(x).logits
         assert_close(model(x, logits_to_keep=3).logits, full[:, -3:])
         assert not torch.allclose(full[3], by_definition(model, x[3], 0))
+        with pytest.raises(AttachError, match="logits_to_keep names single tokens"):
+            model(x, logits_to_keep=torch.tensor([1, 5]))
+        without = twins()
+        assert_close(without(x, logits_to_keep=torch.tensor([1, 5])).logits, without(x).logits[:, [1, 5]])
 
     def test_trains_by_trainer(self, tmp_path):
         from transformers import Trainer, TrainingArguments
@@ -360,6 +370,25 @@ class TestRefusals:
     def test_where_it_cannot_go(self, base, fields, text):
         with pytest.raises(AttachError, match=text):
             veneer.get_peft_model(base(), activated(**fields))
+
+    def test_layers_that_mix_rows(self):
+        from transformers import XLNetConfig, XLNetLMHeadModel
+
+        class Mixed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.experts = nn.ModuleList([nn.Linear(4, 4)])
+
+        with pytest.raises(AttachError, match="an expert sees tokens of several rows"):
+            veneer.get_peft_model(Mixed(), activated(target_modules=["experts.0"]))
+        sizes = {"vocab_size": 20, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 8}
+        with pytest.raises(AttachError, match="does not keep row after row"):
+            veneer.get_peft_model(XLNetLMHeadModel(XLNetConfig(**sizes)), activated(target_modules=["layer_1"]))
+
+    def test_guidance_by_a_second_text(self):
+        model, x = twins(), prompts()
+        with pytest.raises(AttachError, match="guidance_scale"):
+            model.generate(x, guidance_scale=1.5, max_new_tokens=2)
 
     @pytest.mark.parametrize("tokens", [[], [-1], "7 9", [1.5]])
     def test_what_is_no_sequence_of_tokens(self, tokens):

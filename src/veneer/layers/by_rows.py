@@ -25,7 +25,7 @@ def serve_rows(served: Sequence[Served], x: Tensor, y: Tensor, layer: Layer) -> 
     together: dict[_Alike, list[Served]] = {}
     alone: list[Served] = []
     for adapter, part in served:
-        key = _alike(adapter) if part.tokens is None else None
+        key = _alike(adapter) if type(part) is Part and part.tokens is None else None
         (alone if key is None else together.setdefault(key, [])).append((adapter, part))
     for group in together.values():
         if len(group) == 1:

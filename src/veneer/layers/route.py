@@ -107,7 +107,7 @@ class Part:
 class Awaited(Part):
     """The part of an activated adapter (aLoRA) while no tokens have been seen, and so outside the model's forward."""
 
-    def through(self, update: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> int:
         """Raise AttachError: where the adapter acts is known within a forward pass of the whole model only."""
         raise AttachError(
             "An adapter with alora_invocation_tokens acts from those tokens on, and only the forward of the model it "

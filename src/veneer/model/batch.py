@@ -10,30 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError, bullet_list
-from veneer.layers.kinds import class_name
 from veneer.layers.route import BASE, parts_of
-from veneer.layers.swap import base_class, front_of
+from veneer.layers.swap import front_of
 from veneer.model.invocation import Offsets, arguments, prompted
 from veneer.model.overlay import Overlay, overlay_needed, overlay_of
+from veneer.model.row_order import layers_without_rows
 from veneer.targets import Resolution
 
 # The arguments that have one entry for each row of the batch, the surest first.
 _BATCHES = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "decoder_input_ids")
-
-# Classes whose layers do not see the rows of the batch in their first dimension, but tokens, say.
-_ROWS_ELSEWHERE = frozenset(
-    {
-        "transformers.models.bridgetower.modeling_bridgetower.BridgeTowerVisionTransformer",
-        "transformers.models.bros.modeling_bros.BrosSpadeEEForTokenClassification",
-        "transformers.models.clipseg.modeling_clipseg.CLIPSegDecoder",
-        "transformers.models.fsmt.modeling_fsmt.FSMTModel",
-        "transformers.models.led.modeling_led.LEDEncoderSelfAttention",
-        "transformers.models.longformer.modeling_longformer.LongformerSelfAttention",
-        "transformers.models.mask2former.modeling_mask2former.Mask2FormerTransformerModule",
-        "transformers.models.oneformer.modeling_oneformer.OneFormerTransformerModule",
-        "transformers.models.xlnet.modeling_xlnet.XLNetModel",
-    }
-)
 
 
 @contextmanager
@@ -133,7 +118,8 @@ def _why_not_by_rows(model: nn.Module, overlay: Overlay, name: str, given: Mappi
     resolution = overlay.resolutions[name]
     looked_at, problems = overlay.not_by_rows.get(name, (None, ()))
     if looked_at is not resolution:
-        problems = tuple(f"{name!r} adapts {problem}" for problem in _layers_without_rows(model, resolution))
+        found = (*layers_without_rows(model, resolution.sites), *_fronts_without_rows(model, resolution))
+        problems = tuple(f"{name!r} adapts {problem}" for problem in found)
         overlay.not_by_rows[name] = resolution, problems
     yield from problems
     if any(key.endswith("grid_thw") and value is not None for key, value in given.items()):
@@ -142,18 +128,11 @@ def _why_not_by_rows(model: nn.Module, overlay: Overlay, name: str, given: Mappi
                 yield f"{name!r} adapts {site.path}: it sees patches of images of several rows, one after the other"
 
 
-def _layers_without_rows(model: nn.Module, resolution: Resolution) -> Iterator[str]:
+def _fronts_without_rows(model: nn.Module, resolution: Resolution) -> Iterator[str]:
     for site in resolution.sites:
         front = front_of(model.get_submodule(site.path))
-        parts = site.path.split(".")
-        owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-        owner = next((owner for owner in owners if _ROWS_ELSEWHERE & set(map(class_name, type(owner).__mro__))), None)
-        if "experts" in parts:
-            yield f"{site.path}: an expert sees tokens of several rows, mixed"
-        elif site.parameter != "weight" or front is None or not front.by_rows:
-            yield f"{site.path}.{site.parameter}, which is read as one weight for all rows"
-        elif owner is not None:
-            yield f"{site.path}: {base_class(owner).__name__} does not keep row after row"
+        if site.parameter == "weight" and (front is None or not front.by_rows):
+            yield f"{site.path}, whose adapters serve whole batches only"
 
 
 def _batch(given: Mapping[str, Any]) -> Tensor | None:

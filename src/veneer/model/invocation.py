@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from veneer.config import LoraConfig, TaskType
 from veneer.errors import ArgumentError, AttachError, VeneerWarning
+from veneer.layers.attach import CHILD
 from veneer.layers.route import Part, Prompt, Step
 from veneer.model.overlay import Overlay, overlay_of
+from veneer.model.row_order import layers_without_rows
 from veneer.targets import Resolution
 
 Offsets = Sequence[int | None]
@@ -36,13 +38,9 @@ def why_not_invoked(model: nn.Module, config: LoraConfig, resolution: Resolution
     problems = [
         f"{field}: {site.path} is a layer of kind {site.kind.name}; such an adapter goes on linear layers only"
         for site in resolution.sites
-        if not site.kind.linear or site.parameter != "weight"
+        if not site.kind.linear
     ]
-    problems += [
-        f"{field}: {site.path} is part of an expert, which sees tokens of several rows mixed"
-        for site in resolution.sites
-        if "experts" in site.path.split(".")
-    ]
+    problems += [f"{field}: {problem}" for problem in layers_without_rows(model, resolution.sites)]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         problems.append(f"{field}: an encoder and a decoder see different tokens; it is for causal language models")
     if config.task_type != TaskType.CAUSAL_LM:
@@ -135,6 +133,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
             _look_at_training(overlay, prompt, given)
     else:
         prompt = overlay.route.prompt
+    _refuse_chosen_logits(model, given, names)
     positions_T = _positions(prompt, given)
     parts = {name: positions_T >= prompt.starts[name].unsqueeze(1) for name in names}
     route.plan = tuple(
@@ -172,6 +171,11 @@ def arguments(
 def _prompt(
     overlay: Overlay, names: Iterable[str], given: Mapping[str, Any], offsets: Offsets | None, *, generating: bool
 ) -> Prompt:
+    if generating and given.get("guidance_scale") not in (None, 1):
+        raise AttachError(
+            "guidance_scale runs the model over a second text, in which an adapter with alora_invocation_tokens would "
+            "not know its place: leave it out, or use an adapter that acts everywhere."
+        )
     ids, embedded = _tokens_of(given)
     seen = embedded if embedded is not None else ids
     if seen is None or (offsets is None and (ids is None or ids.shape[1] != seen.shape[1])):
@@ -235,6 +239,18 @@ def _past(given: Mapping[str, Any]) -> Any:
         return None if cache is None else cache.get_seq_length()
     except (AttributeError, ValueError):  # of a state-space model
         return None
+
+
+def _refuse_chosen_logits(model: nn.Module, given: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise AttachError if an adapted output head would see tokens that are not the last ones in order."""
+    chosen = given.get("logits_to_keep")
+    if isinstance(chosen, Tensor) and chosen.dim():
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if any(name in getattr(head, CHILD, ()) for name in names):
+            raise AttachError(
+                "logits_to_keep names single tokens, and the adapted output head cannot tell on which of them it acts: "
+                "pass a number of last tokens."
+            )
 
 
 def _refuse_unseen(overlay: Overlay, prompt: Prompt, given: Mapping[str, Any]) -> None:
