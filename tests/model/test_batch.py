@@ -300,3 +300,12 @@ def test_on_a_model_in_place():
     assert torch.equal(model.generate(x, **options), facade.generate(x, **options))
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again.generate(x, **options), facade.generate(x, **options))
+
+
+def test_convolutions():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5)).double()
+    model = with_adapters(base, a=config("0", "2"), b=config("0", r=2, use_dora=True))
+    x, names = torch.randn(3, 3, 6, 6, dtype=torch.float64), ["b", BASE, "a"]
+    expected = one_by_one(model, names, x, model)
+    assert_close(model(x, adapter_names=names), torch.cat(expected), rtol=0, atol=1e-9)
