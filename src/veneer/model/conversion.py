@@ -18,7 +18,7 @@ from veneer.functional.combine_svd import filled
 from veneer.functional.extract import Extraction, check_rank, extract
 from veneer.layers.adapter import Adapter
 from veneer.model.config_for import config_for
-from veneer.model.extraction import ExtractedLora, LayerFit, check_sizes, factor_tensors, named_errors, shown
+from veneer.model.extraction import ExtractedLora, LayerFit, check_sites, factor_tensors, named_errors, shown
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapters_by_site, overlay_needed
 from veneer.model.tensors import adapter_tensors, site_keys
@@ -35,12 +35,12 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The plain LoRA nearest to an adapter of the model: its config, and its values by their names in an adapter file.
 
-    rank  an integer: of every layer, filled with zeros above what the adapter has. A float above 0 and at most 1: on each
-          layer the lowest that holds this fraction of the squared singular values of its update
+    rank  an integer: of every layer, filled with zeros above what the adapter has. A float above 0 and at most 1: on
+          each layer the lowest that holds this fraction of the squared singular values of its update
 
     The scale that the adapter has now is in the factors; lora_alpha = r. Biases and modules trained in full are taken
-    over. compile_kwargs is there for PEFT's callers and must be None. For the errors see `save_as_lora`; for a model
-    trained in full, `extract_lora`.
+    over. compile_kwargs is there for PEFT's callers and must be None. `save_as_lora` also says how near it comes;
+    `extract_lora` does the same for a model trained in full.
 
     Raises AdapterNameError, ConfigError, or MergeError if a weight that DoRA needs cannot be read.
     """
@@ -74,12 +74,12 @@ def _converted(model: nn.Module, rank: int | float, name: str, progressbar: bool
     overlay = overlay_needed(model)
     overlay.check_names([name])
     config, resolution = overlay.configs[name], overlay.resolutions[name]
-    problems = [*why_not_update(model, name), *_grouped(model, name)]
+    problems = why_not_update(model, name)
     if problems:
         raise ConfigError(bullet_list("There is no plain LoRA that does the same:", problems))
     if overlay.route.merged:
         raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
-    check_sizes(resolution.sites, rank)
+    check_sites(resolution.sites, rank)
     fits, tensors = [], _without_factors(model, name)
     for site, adapter in shown(adapters_by_site(model, name), progressbar):
         found, norm = _nearest(model, site, adapter, rank)
@@ -101,11 +101,6 @@ def _converted(model: nn.Module, rank: int | float, name: str, progressbar: bool
         inference_mode=True,
     )
     return ExtractedLora(plain, tensors, tuple(fits))
-
-
-def _grouped(model: nn.Module, name: str) -> list[str]:
-    found = [s.path for s, adapter in adapters_by_site(model, name) if adapter.lora_A.shape[0] != adapter.lora_B.shape[1]]
-    return [f"adapter {name}: {found[0]} is a grouped convolution; leave it out of the adapter"] if found else []
 
 
 def _without_factors(model: nn.Module, name: str) -> dict[str, Tensor]:

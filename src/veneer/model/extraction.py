@@ -124,7 +124,7 @@ def extract_lora(
     )
     _check_pair(tuned, base)
     resolution = resolve(base, wanted)
-    check_sizes(resolution.sites, rank)
+    check_sites(resolution.sites, rank)
     fits, tensors = [], {}
     for site in shown(resolution.sites, progressbar):
         D_OI = _difference(tuned, base, site, device)
@@ -157,8 +157,8 @@ def _plain(model: nn.Module, which: str) -> nn.Module:
     model = model.bare if isinstance(model, AdapterMethods) else model
     if overlay_of(model) is not None:
         raise ConfigError(
-            f"The {which} model has adapters on it. convert_to_lora turns one of them into a LoRA; to count them as part "
-            "of the weights, call merge_and_unload() first."
+            f"The {which} model has adapters on it. convert_to_lora turns one of them into a LoRA; to count them as "
+            "part of the weights, call merge_and_unload() first."
         )
     return model
 
@@ -183,15 +183,22 @@ def _check_pair(tuned: nn.Module, base: nn.Module) -> None:
         raise ConfigError(bullet_list("A difference needs the very model that was tuned, loaded twice:", shortened))
 
 
-def check_sizes(sites: Iterable[Site], rank: int | float) -> None:
-    """Raise ConfigError naming the layers that cannot have this rank."""
+def check_sites(sites: Iterable[Site], rank: int | float) -> None:
+    """Raise ConfigError naming the layers that cannot have a LoRA of this rank out of a difference of weights."""
+    sites = list(sites)
+    grouped = [site.path for site in sites if site.factors[0][0] != site.factors[1][1]]
     small = [site for site in sites if isinstance(rank, Integral) and rank > min(site.shape)]
-    if small:
-        least = min(min(site.shape) for site in small)
-        listed = ", ".join(f"{site.path} ({site.shape[0]} x {site.shape[1]})" for site in small[:_LISTED])
+    problems = [
+        f"{path}: a grouped convolution, whose LoRA is no difference of weights; use exclude_modules"
+        for path in grouped[:_LISTED]
+    ]
+    problems += [
+        f"{site.path}: {site.shape[0]} x {site.shape[1]} can have rank {min(site.shape)} at most"
+        for site in small[:_LISTED]
+    ]
+    if problems:
         raise ConfigError(
-            f"rank={rank} is more than {len(small)} layer(s) can have: {listed}{', …' if len(small) > _LISTED else ''}. "
-            f"Ask for {least} at most, or leave them out with exclude_modules."
+            bullet_list(f"rank={rank} is not possible on {len(grouped) + len(small)} layer(s):", problems)
         )
 
 
@@ -254,8 +261,8 @@ def _left_out(tuned: nn.Module, base: nn.Module, resolution: Resolution) -> dict
     for name, value in base.state_dict().items():
         if name in covered or inside(name, resolution.saved):
             continue
-        other = theirs[name].to(value.device)
-        if not torch.equal(other.to(value.dtype), value):
+        other, wide = theirs[name].to(value.device), torch.promote_types(theirs[name].dtype, value.dtype)
+        if not torch.equal(other.to(wide), value.to(wide)):
             found[name] = (other.double() - value.double()).norm().item()
     return found
 

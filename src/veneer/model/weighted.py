@@ -124,7 +124,8 @@ def _unfit(model: nn.Module, overlay: Overlay, names: Sequence[str], options: Co
             )
         if options.method.prunes and config.lora_bias:
             problems.append(
-                f"adapter {name}: {kind} does not say what to prune of its biases (lora_bias); choose svd, linear or cat"
+                f"adapter {name}: {kind} does not say what to prune of its biases (lora_bias); choose svd, linear or "
+                "cat"
             )
     return problems
 
