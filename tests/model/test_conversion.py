@@ -5,10 +5,10 @@ import copy
 import peft
 import pytest
 import torch
-from parity.oracle import made_by_peft, quietly, read_by_peft, save
-from tiny import Stack, bert, gpt2, ids, llama, shake
 from torch import nn
 
+from parity.oracle import made_by_peft, quietly, read_by_peft, save
+from tiny import Stack, bert, gpt2, ids, llama, shake
 from veneer import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from veneer.errors import AdapterNameError, ConfigError, MergeError
 from veneer.layers.attach import adapter_on

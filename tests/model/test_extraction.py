@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity.oracle import read_by_peft
-from tiny import Stack, bert, gpt2, ids, llama
 from torch import nn
 
+from parity.oracle import read_by_peft
+from tiny import Stack, bert, gpt2, ids, llama
 from veneer import LoraConfig, PeftModel, extract_lora, get_peft_model
 from veneer.errors import ConfigError, TargetError, VeneerWarning
 from veneer.model.merge import merge

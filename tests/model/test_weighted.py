@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity.oracle import quietly, read_by_peft
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model as peft_model
-from tiny import Stack, bert, gpt2, ids, llama, shake
 from torch import nn
 
 import veneer
+from parity.oracle import quietly, read_by_peft
+from tiny import Stack, bert, gpt2, ids, llama, shake
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import AdapterNameError, ConfigError, MergeError, VeneerError, VeneerWarning
 from veneer.functional.combine import COMBINATIONS
