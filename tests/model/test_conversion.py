@@ -50,6 +50,8 @@ def test_its_updates_are_peft_s(build, targets, rank, tmp_path):
     [
         {"use_dora": True},
         {"use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "use_dora": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["head"]},
@@ -98,14 +100,10 @@ def save_errors(model, rank) -> dict:
     }
 
 
-def test_a_start_taken_off_the_base_becomes_part_of_the_factors():
-    model = adapted(Stack().double(), **LAYERS)
-    layer = model.get_base_model().first
-    adapter = adapter_on(layer, "default")
-    adapter.start_A, adapter.start_B = torch.randn(4, 16).double(), torch.randn(24, 4).double()
-    _, tensors = convert_to_lora(model, 8)
-    A, B = (tensors[f"base_model.model.first.lora_{f}.weight"] for f in "AB")
-    assert torch.allclose(B @ A, adapter.delta((24, 16), torch.float64))
+def test_an_adapter_with_base_weights_of_its_own_is_refused():
+    model = adapted(Stack(), **LAYERS, init_lora_weights="loftq")
+    with pytest.raises(ConfigError, match="base weights of its own"):
+        convert_to_lora(model, 4)
 
 
 def test_a_head_of_a_classifier_comes_with_it(tmp_path):

@@ -209,14 +209,31 @@ def test_dora_is_taken_as_the_difference_it_makes():
     assert torch.allclose(delta(model, "first", "thin"), (U[:, :2] * S[:2]) @ Vh[:2], atol=1e-6)
 
 
-def test_an_update_with_a_start_is_taken_whole():
-    model = pair(Stack().double(), STACK, STACK)
-    adapter = adapter_on(model.get_base_model().first, "one")
-    adapter.start_A, adapter.start_B = torch.randn(2, 16).double(), torch.randn(24, 2).double()
+def test_an_update_with_a_start_is_taken_whole(tmp_path):
+    model = pair(Stack(), {**STACK, "init_lora_weights": "pissa"}, STACK)
+    first = model.get_base_model().first
+    before = first._parameters["weight"].clone()
     expected = delta(model, "first", "one", "two", weights=WEIGHTS)
     model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", "cat")
-    assert torch.allclose(delta(model, "first", "sum"), expected)
-    assert adapter_on(model.get_base_model().first, "sum").lora_A.shape[0] == 6
+    assert torch.allclose(delta(model, "first", "sum"), expected, atol=1e-6)
+    assert adapter_on(first, "sum").lora_A.shape[0] == 6
+    assert model.peft_config["sum"].init_lora_weights is True
+    assert torch.equal(first._parameters["weight"], before)
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.allclose(logits(read_by_peft(Stack(), tmp_path / "sum"), ids(20)), logits(model, ids(20)), atol=1e-5)
+
+
+@pytest.mark.parametrize("active", ["one", "two"])
+def test_a_base_that_another_adapter_replaces_is_not_the_base(active):
+    model = pair(Stack(), {**STACK, "use_dora": True}, {**STACK, "init_lora_weights": "loftq"})
+    model.set_adapter("one")
+    expected = delta(model, "first", "one")
+    model.set_adapter(active)
+    model.add_weighted_adapter(["one"], [1.0], "sum", svd_rank=16)
+    assert torch.allclose(delta(model, "first", "sum"), expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="base weights of its own"):
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "other")
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])

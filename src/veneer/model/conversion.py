@@ -17,10 +17,12 @@ from veneer.functional.combine import Update
 from veneer.functional.combine_svd import filled
 from veneer.functional.extract import Extraction, check_rank, extract
 from veneer.layers.adapter import Adapter
+from veneer.model.apply import plain_base
 from veneer.model.config_for import config_for
 from veneer.model.extraction import ExtractedLora, LayerFit, check_sites, factor_tensors, named_errors, shown
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapters_by_site, overlay_needed
+from veneer.model.start import START
 from veneer.model.tensors import adapter_tensors, site_keys
 from veneer.model.updates import difference_made, is_product, update_of, why_not_update
 from veneer.targets import Site
@@ -81,12 +83,13 @@ def _converted(model: nn.Module, rank: int | float, name: str, progressbar: bool
         raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
     check_sites(resolution.sites, rank)
     fits, tensors = [], _without_factors(model, name)
-    for site, adapter in shown(adapters_by_site(model, name), progressbar):
-        found, norm = _nearest(model, site, adapter, rank)
-        fits.append(LayerFit(site.path, found.rank, norm, found.error))
-        tensors |= factor_tensors(model, site, found)
-        if adapter.lora_bias is not None:
-            tensors[site_keys(site)["lora_bias"]] = adapter.lora_bias.detach() * adapter.scale
+    with plain_base(model, overlay):
+        for site, adapter in shown(adapters_by_site(model, name), progressbar):
+            found, norm = _nearest(model, site, adapter, rank)
+            fits.append(LayerFit(site.path, found.rank, norm, found.error))
+            tensors |= factor_tensors(model, site, found)
+            if adapter.lora_bias is not None:
+                tensors[site_keys(site)["lora_bias"]] = adapter.lora_bias.detach() * adapter.scale
     plain = config_for(
         model,
         {fit.path: fit.rank for fit in fits},
@@ -107,7 +110,8 @@ def _without_factors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Copies of the biases and modules that the adapter trains in full."""
     sites = overlay_needed(model).resolutions[name].sites
     of_sites = {key for site in sites for key in site_keys(site).values()}
-    return {key: value.clone() for key, value in adapter_tensors(model, name).items() if key not in of_sites}
+    values = adapter_tensors(model, name).items()
+    return {key: value.clone() for key, value in values if key.removesuffix(START) not in of_sites}
 
 
 def _nearest(model: nn.Module, site: Site, adapter: Adapter, rank: int | float) -> tuple[Extraction, float]:

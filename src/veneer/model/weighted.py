@@ -12,7 +12,7 @@ from veneer.config import LoraConfig
 from veneer.errors import ConfigError, MergeError, VeneerError, bullet_list
 from veneer.functional.combine import Combination, Update, check_combination, combine, combined_rank
 from veneer.layers.adapter import Adapter
-from veneer.model.apply import carry_out
+from veneer.model.apply import carry_out, plain_base
 from veneer.model.config_for import config_for
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, saved_modules
 from veneer.model.plan import check_name, plan
@@ -64,11 +64,12 @@ def add_weighted_adapter(
     assert {site.path: site.rank for site in todo.resolution.sites} == ranks
     tensors = _taken_over(model, names)
     problems: list[str] = []
-    for site in todo.resolution.sites:
-        try:
-            tensors |= _combined(model, site, parts[site.path], options, generator)
-        except (ConfigError, MergeError) as error:
-            problems.extend(f"{site.path}: {line.strip()}" for line in _lines(error))
+    with plain_base(model, overlay):
+        for site in todo.resolution.sites:
+            try:
+                tensors |= _combined(model, site, parts[site.path], options, generator)
+            except (ConfigError, MergeError) as error:
+                problems.extend(f"{site.path}: {line.strip()}" for line in _lines(error))
     _refuse(names, problems)
     dtypes = [part.adapter.lora_A.dtype for some in parts.values() for part in some]
     carry_out(model, todo, tensors=tensors, float32=reduce(torch.promote_types, dtypes) not in _HALF)
