@@ -106,6 +106,17 @@ def test_an_adapter_with_base_weights_of_its_own_is_refused():
         convert_to_lora(model, 4)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_convolutions_too(use_dora, tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1))
+    model = adapted(copy.deepcopy(base), target_modules=["0"], use_dora=use_dora)
+    found = save_as_lora(tmp_path, model, 6)
+    assert found.error < 1e-5
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.allclose(logits(read_by_peft(base, tmp_path), x), logits(model, x), atol=1e-5)
+
+
 def test_a_head_of_a_classifier_comes_with_it(tmp_path):
     model = adapted(bert(), target_modules=["query", "value"], task_type="SEQ_CLS")
     save_as_lora(tmp_path, model, 4)

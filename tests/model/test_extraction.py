@@ -68,6 +68,21 @@ def test_embeddings_too(tmp_path):
     assert torch.allclose(logits(read_by_peft(base, tmp_path), ids(20)), logits(full, ids(20)), atol=1e-5)
 
 
+def test_convolutions_too_but_not_in_groups(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2))
+    full = copy.deepcopy(base)
+    with torch.no_grad():
+        full[0].weight += torch.einsum("or,rikl->oikl", torch.randn(6, 2), torch.randn(2, 4, 3, 3))
+    found = extract_lora(full, base, 2, target_modules=["0"])
+    assert found.error < 1e-6
+    found.save(tmp_path)
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.allclose(logits(read_by_peft(base, tmp_path), x), logits(full, x), atol=1e-5)
+    with pytest.raises(ConfigError, match="2: a grouped convolution"):
+        extract_lora(full, base, 2, target_modules=["0", "2"])
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(st.integers(1, 5), st.floats(0.01, 1)), st.integers(0, 2**31), st.floats(1e-4, 10))
 def test_the_errors_are_those_of_the_merged_weights(rank, seed, size):

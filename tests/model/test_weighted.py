@@ -123,6 +123,57 @@ def test_other_kinds_of_layer_too(build, targets, kind, tmp_path):
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
 
 
+class Patches(nn.Module):
+    """Convolutions, plain and in groups, whose output is linear in each weight's update."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 6, 3, **options)
+        self.double()
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_convolutions_too(kind, tmp_path):
+    fields = {"r": 2, "lora_alpha": 3, "target_modules": ["conv"]}
+    theirs, ours = pair_of_peft(Patches(padding=1), fields, fields, tmp_path)
+    quietly(theirs.add_weighted_adapter, ["one", "two"], WEIGHTS, "sum", kind)
+    ours.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", kind)
+    theirs.set_adapter("sum")
+    ours.set_adapter("sum")
+    x = torch.randn(2, 4, 5, 5).double()
+    assert torch.allclose(logits(ours, x), logits(theirs, x), atol=1e-6)
+    ours.save_pretrained(tmp_path / "sum", selected_adapters=["sum"])
+    saved = read_by_peft(Patches(padding=1), tmp_path / "sum" / "sum")
+    assert torch.allclose(logits(saved, x), logits(ours, x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "kind"),
+    [
+        ({"groups": 2}, {}, {"combination_type": "cat"}),
+        ({"groups": 2}, {}, {"svd_rank": 8}),
+        ({"padding": 1, "dilation": 2}, {"use_dora": True}, {"svd_rank": 6}),
+    ],
+    ids=["groups cat", "groups svd", "dora svd"],
+)
+def test_a_convolution_s_outputs_are_summed(options, fields, kind):
+    shape = {"r": 2, "lora_alpha": 3, "target_modules": ["conv"], **fields}
+    model = pair(Patches(**options), shape, {**shape, "r": 4})
+    x = torch.randn(2, 4, 7, 7).double()
+    with model.disable_adapter():
+        expected = plain = logits(model, x)
+    for name, weight in zip(["one", "two"], WEIGHTS, strict=True):
+        model.set_adapter(name)
+        expected = expected + weight * (logits(model, x) - plain)
+    quietly(model.add_weighted_adapter, ["one", "two"], WEIGHTS, "sum", **kind)
+    model.set_adapter("sum")
+    assert torch.allclose(logits(model, x), expected, atol=1e-5)
+
+
 class TwoLayers(nn.Module):
     """A path that is the end of another, an embedding, and no library."""
 

@@ -29,6 +29,7 @@ from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import overlay_of
 from veneer.model.pretrained import with_base_name
 from veneer.model.tensors import bias_key, site_keys
+from veneer.model.updates import by_weight
 from veneer.storage import keys
 from veneer.targets import Resolution, Site, resolve
 from veneer.targets.names import inside
@@ -178,34 +179,38 @@ def _check_pair(tuned: nn.Module, base: nn.Module) -> None:
     problems += [f"{name} is not loaded (on the meta device)" for name in ours if ours[name].is_meta]
     problems += [f"{name} of tuned is not loaded (on the meta device)" for name in theirs if theirs[name].is_meta]
     if problems:
-        more = len(problems) - _LISTED
-        shortened = [*problems[:_LISTED], *([f"… and {more} more like these"] if more > 0 else [])]
-        raise ConfigError(bullet_list("A difference needs the very model that was tuned, loaded twice:", shortened))
+        headline = "A difference needs the very model that was tuned, loaded twice:"
+        raise ConfigError(bullet_list(headline, _shortened(problems)))
 
 
 def check_sites(sites: Iterable[Site], rank: int | float) -> None:
     """Raise ConfigError naming the layers that cannot have a LoRA of this rank out of a difference of weights."""
-    sites = list(sites)
-    grouped = [site.path for site in sites if site.factors[0][0] != site.factors[1][1]]
-    small = [site for site in sites if isinstance(rank, Integral) and rank > min(site.shape)]
-    problems = [
-        f"{path}: a grouped convolution, whose LoRA is no difference of weights; use exclude_modules"
-        for path in grouped[:_LISTED]
-    ]
-    problems += [
-        f"{site.path}: {site.shape[0]} x {site.shape[1]} can have rank {min(site.shape)} at most"
-        for site in small[:_LISTED]
-    ]
+    problems = [f"{site.path}: {why}" for site in sites if (why := _why_not(site, rank))]
     if problems:
-        raise ConfigError(
-            bullet_list(f"rank={rank} is not possible on {len(grouped) + len(small)} layer(s):", problems)
-        )
+        headline = f"rank={rank} is not possible on {len(problems)} layer(s); see exclude_modules:"
+        raise ConfigError(bullet_list(headline, _shortened(problems)))
+
+
+def _why_not(site: Site, rank: int | float) -> str | None:
+    (rows, *_), (_, columns, *_) = site.factors
+    if by_weight(site):
+        return f"its {site.parameter} is read and never called, which is not available yet"
+    if rows != columns:
+        return "a grouped convolution, whose LoRA is no difference of weights"
+    if isinstance(rank, Integral) and rank > min(site.shape):
+        return f"{site.shape[0]} x {site.shape[1]} can have rank {min(site.shape)} at most"
+    return None
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    more = len(problems) - _LISTED
+    return [*problems[:_LISTED], *([f"… and {more} more like these"] if more > 0 else [])]
 
 
 def _difference(tuned: nn.Module, base: nn.Module, site: Site, device: torch.device | str | None) -> Tensor:
     """What training changed on a layer, as an (O, I) matrix."""
-    W_base = read(base.get_submodule(site.path), site.parameter).detach()
-    W_tuned = read(tuned.get_submodule(site.path), site.parameter).detach()
+    layers = base.get_submodule(site.path), tuned.get_submodule(site.path)
+    W_base, W_tuned = (site.kind.as_used(layer, read(layer, site.parameter)).detach() for layer in layers)
     where = W_base.device if device is None else device
     return site.kind.to_matrix(difference(W_tuned.to(where), W_base.to(where)))
 

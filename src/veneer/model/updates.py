@@ -27,11 +27,19 @@ def why_not_update(model: nn.Module, name: str) -> list[str]:
     overlay = overlay_needed(model)
     config = overlay.configs[name]
     problems = [f"adapter {name}: {why} ({field})" for field, why in _MORE.items() if getattr(config, field)]
+    found = next((site for site in overlay.resolutions[name].sites if by_weight(site)), None)
+    if found is not None:
+        problems.append(f"adapter {name}: it adapts {found.parameter} of {found.path}, which is read and never called")
     if name in overlay.bases:
         problems.append(
             f"adapter {name}: it goes with base weights of its own (init_lora_weights={config.init_lora_weights!r})"
         )
     return problems
+
+
+def by_weight(site: Site) -> bool:
+    """Whether this is no layer's weight but a parameter that its owner reads, as of an attention's projections."""
+    return site.parameter != "weight"
 
 
 def is_product(site: Site) -> bool:
@@ -57,6 +65,7 @@ def update_of(model: nn.Module, site: Site, adapter: Adapter) -> Update:
 @torch.no_grad()
 def difference_made(model: nn.Module, site: Site, adapter: Adapter) -> Tensor:
     """W' - W, where W' is the weight with the adapter in it, as an (O, I) matrix: in float64 on a CPU, else float32."""
-    weight = read(model.get_submodule(site.path), site.parameter)
+    layer = model.get_submodule(site.path)
+    weight = site.kind.as_used(layer, read(layer, site.parameter))
     W = weight.to(torch.float64 if weight.device.type == "cpu" else torch.float32)
     return site.kind.to_matrix(adapter.merged(W, W) - W)
