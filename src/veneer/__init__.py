@@ -16,6 +16,7 @@ from veneer._version import __version__
 _HOMES = {
     "CordaConfig": "veneer.config",
     "EvaConfig": "veneer.config",
+    "ExtractedLora": "veneer.model.extraction",
     "Kind": "veneer.layers.kinds",
     "LoftQConfig": "veneer.config",
     "LoraConfig": "veneer.config",
@@ -31,10 +32,13 @@ _HOMES = {
     "PeftModelForSequenceClassification": "veneer.model.facade",
     "PeftModelForTokenClassification": "veneer.model.facade",
     "TaskType": "veneer.config",
+    "convert_to_lora": "veneer.model.conversion",
     "create_lorafa_optimizer": "veneer.optimizers",
     "create_loraplus_optimizer": "veneer.optimizers",
+    "extract_lora": "veneer.model.extraction",
     "get_peft_model": "veneer.model.facade",
     "register_kind": "veneer.layers.kinds",
+    "save_as_lora": "veneer.model.conversion",
 }
 
 if TYPE_CHECKING:
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
         TaskType,
     )
     from veneer.layers.kinds import Kind, register_kind
+    from veneer.model.conversion import convert_to_lora, save_as_lora
+    from veneer.model.extraction import ExtractedLora, extract_lora
     from veneer.model.facade import (
         PeftModel,
         PeftModelForCausalLM,
@@ -65,6 +71,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CordaConfig",
     "EvaConfig",
+    "ExtractedLora",
     "Kind",
     "LoftQConfig",
     "LoraConfig",
@@ -81,10 +88,13 @@ __all__ = [
     "PeftModelForTokenClassification",
     "TaskType",
     "__version__",
+    "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "extract_lora",
     "get_peft_model",
     "register_kind",
+    "save_as_lora",
 ]
 
 

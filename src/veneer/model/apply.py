@@ -57,7 +57,7 @@ def carry_out(
     tensors  the adapter's values by their names in an adapter file, already checked; None to initialise
     """
     name, overlay = todo.name, overlay_made_for(model)
-    with _plain_base(model, overlay):
+    with plain_base(model, overlay):
         made = _made(model, todo, tensors, float32, generator)
     first = not overlay.configs
     try:
@@ -163,7 +163,7 @@ def place_stand_ins(model: nn.Module, overlay: Overlay) -> None:
 
 
 @contextmanager
-def _plain_base(model: nn.Module, overlay: Overlay) -> Iterator[None]:
+def plain_base(model: nn.Module, overlay: Overlay) -> Iterator[None]:
     """Within the block every weight of the base is its own, whatever stands in for it outside."""
     for bases in overlay.bases.values():
         bases.act(model, False, trainable=False)

@@ -75,8 +75,13 @@ def save_adapter(
     elif takes_off_its_start(config):
         check_start_can_be_redone(config, f"Not saved to {folder}")
         kept = {key: kept[key] for key in expected}
+    write_values(folder, config, kept)
+
+
+def write_values(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter given by its values, complete, by their names in the file. Raises AdapterFileError."""
     notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config))}
-    write_adapter(folder, config.changed(inference_mode=True).to_json(), kept, metadata=notes)
+    write_adapter(folder, config.changed(inference_mode=True).to_json(), tensors, metadata=notes)
 
 
 def load_adapter(

@@ -10,11 +10,13 @@ from torch import Generator, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, VeneerWarning
+from veneer.functional.combine import Combination
 from veneer.model import merge
 from veneer.model.apply import activate, add_adapter, follow_route, protect_checkpointing, remove_adapter, set_enabled
 from veneer.model.batch import serving
 from veneer.model.overlay import Overlay, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
+from veneer.model.weighted import add_weighted_adapter
 
 
 class AdapterMethods(nn.Module):
@@ -64,6 +66,44 @@ class AdapterMethods(nn.Module):
         """
         config = with_base_name(peft_config, self.bare)
         add_adapter(self.bare, adapter_name, config, float32=autocast_adapter_dtype, generator=generator)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        generator: Generator | None = None,
+    ) -> None:
+        """Attach a new adapter made of others, each with its weight; it waits for `set_adapter`.
+
+        weights           of any sign; each adapter counts with the scale it has now
+        combination_type  "cat" is their sum exactly, of the sum of their ranks; "svd" the nearest to it of a given
+                          rank; "linear", "ties", "dare_linear", "dare_ties" and "magnitude_prune" mix A with A and B
+                          with B, which is cheap and rough; the last four with "_svd" mix the updates B A
+        svd_rank          the rank of the types with an SVD; None: on each layer the highest there
+        generator         the source of randomness of the types that begin with "dare"
+
+        The other options are described at `Combination`. Only the types with an SVD take DoRA, approximately.
+        Raises AdapterNameError, ConfigError, AttachError or MergeError, and then nothing has changed.
+        """
+        options = Combination(
+            combination_type=combination_type,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_full_matrices=svd_full_matrices,
+            svd_driver=svd_driver,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
+        add_weighted_adapter(self.bare, adapters, weights, adapter_name, options, generator=generator)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let one adapter act, or several in order; the others rest. Merged ones are unmerged first.
