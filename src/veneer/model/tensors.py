@@ -76,6 +76,7 @@ def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | N
             repeated[original] = f"{path}.{name}"
     for path in (path for site in resolution.token_rows for path in site.paths):
         repeated[keys.below_token_rows(path)] = f"{path}.weight"
+        repeated[keys.token_rows(path)] = None
     return repeated
 
 
