@@ -153,10 +153,10 @@ def keep_rows(module: Layer, name: str, rows: TokenRows, route: Route) -> None:
     """
     if not has_rows(module):
         swap.check_forward(module)
-        module.token_rows = RowsByAdapter({name: rows})
-        module._veneer_route = route
         front = _front_for(module)
         assert front is not None
+        module.token_rows = RowsByAdapter({name: rows})
+        module._veneer_route = route
         swap.place(module, front)
     else:
         module.token_rows[name] = rows
@@ -181,7 +181,7 @@ def _front_for(module: nn.Module) -> type[WithRows] | None:
     if owner is nn.Embedding:
         return EmbeddingWithRows
     # transformers' classes of this name return the looked-up rows times embed_scale; one has a row of its own besides
-    scaled = owner.__name__.endswith("ScaledWordEmbedding") and len(list(module.parameters())) == 1
+    scaled = owner.__name__.endswith("ScaledWordEmbedding") and len(module._parameters) == 1
     return ScaledEmbeddingWithRows if scaled else None
 
 
