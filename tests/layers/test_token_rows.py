@@ -384,6 +384,12 @@ class TestErrors:
         with pytest.raises(TargetError, match=next(iter(options))):
             adapted(Tied(tied=False, **options), **TOY, trainable_token_indices=[1])
 
+    def test_quantised_weights(self):
+        base = Tied(tied=False)
+        base.tokens.weight = nn.Parameter(torch.zeros(20, 6, dtype=torch.uint8), requires_grad=False)
+        with pytest.raises(TargetError, match="rows of tokens cannot be trained: .* quantised"):
+            adapted(base, **TOY, trainable_token_indices=[1])
+
     def test_no_one_embedding(self):
         base = Tied()
         base.more = nn.Embedding(4, 6)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import tiny
 import veneer
+from veneer.config import LoftQConfig
 from veneer.errors import AttachError, TargetError
 from veneer.layers.replication import main_stack, replication_of
 from veneer.targets import preview
@@ -144,6 +145,28 @@ def test_merging_for_good_gives_a_deeper_plain_model(tmp_path):
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert again.config.num_hidden_layers == 5
     assert_close(again(X).logits, expected)
+
+
+@pytest.mark.parametrize("start", ["loftq", "pissa", "olora"])
+def test_starts_that_look_at_the_weight(start):
+    options = {"loftq_config": LoftQConfig(loftq_bits=4)} if start == "loftq" else {}
+    model = veneer.get_peft_model(tiny.llama(), config(init_lora_weights=start, r=4, **options))
+    with torch.no_grad():
+        if start != "loftq":
+            assert_close(model(X).logits, deeper(tiny.llama())(X).logits)
+    expected = tiny.shake(model)(X).logits
+    model.merge_adapter()
+    assert_close(model(X).logits, expected)
+    model.unmerge_adapter()
+    assert_close(copy.deepcopy(model).merge_and_unload()(X).logits, expected)
+    model.unload()
+    assert_untouched(model.bare)
+
+
+def test_loftq_with_a_rank_for_each_replica_is_refused():
+    options = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=4)}
+    with pytest.raises(veneer.errors.ConfigError, match="each must replace it by the same"):
+        config(**options, rank_pattern={"layers.1.self_attn.q_proj": 2})
 
 
 def test_files(tmp_path):

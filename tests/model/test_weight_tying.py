@@ -178,6 +178,32 @@ def test_a_second_adapter_on_one_side_unties_the_merge():
     assert not merged.config.tie_word_embeddings
 
 
+class Toy(nn.Module):
+    """No config, no get_input_embeddings: a tie is told by the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.body, self.head = nn.Embedding(20, 6), nn.Linear(6, 6), nn.Linear(6, 20)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.body(self.tokens(ids))))
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["head"]}, {"modules_to_save": ["tokens"]}])
+def test_a_plain_module_with_a_bias_on_its_head(fields, tmp_path):
+    model = adapted(Toy(), **{"target_modules": ["body"], **fields, "task_type": None, "r": 2})
+    if "modules_to_save" in fields:
+        assert model.bare.head.modules_to_save["default"].bias.requires_grad
+    expected = model(X % 20)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(veneer.PeftModel.from_pretrained(Toy(), tmp_path)(X % 20), expected)
+    merged = model.merge_and_unload()
+    assert merged.head.weight is merged.tokens.weight
+    assert_close(merged(X % 20), expected)
+
+
 def test_further_embeddings_over_one_weight():
     """T5's encoder and decoder look up in the embedding they share."""
     from transformers import T5Config, T5ForConditionalGeneration
@@ -223,7 +249,11 @@ class TestSettings:
             ),
             (True, {"target_modules": ["lm_head"], "rank_pattern": {"lm_head": 2}}, "but they get one adapter"),
             (True, {"modules_to_save": ["model"], "target_modules": ["lm_head"]}, "choose one"),
-            (True, {"modules_to_save": ["model"], "target_modules": None}, "part of a larger module|nothing is left"),
+            (
+                True,
+                {"modules_to_save": ["embed_tokens"], "layers_to_transform": [7]},
+                "layers_to_transform: no targeted layer has index 7",
+            ),
         ],
     )
     def test_what_cannot_be_meant(self, tied, fields, message):

@@ -22,6 +22,24 @@ TIED = functools.partial(tiny.llama, tied=True)
 CAUSAL: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6}
 TOKENS = [9, 3, 40]
 
+
+def gemma3() -> Any:
+    """Tied, and its embedding multiplies the rows it looks up."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    small = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return Gemma3ForCausalLM(small).eval()
+
+
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "rows": (tiny.llama, {"trainable_token_indices": TOKENS}),
     "rows-tied": (TIED, {"trainable_token_indices": TOKENS}),
@@ -37,6 +55,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         tiny.gpt2,
         {"trainable_token_indices": {"wte": TOKENS}, "target_modules": ["c_attn"], "fan_in_fan_out": True},
     ),
+    "rows-gemma3": (gemma3, {"trainable_token_indices": TOKENS}),
     "rows-bert": (
         tiny.bert,
         {"trainable_token_indices": TOKENS, "target_modules": ["query"], "task_type": "SEQ_CLS"},

@@ -133,6 +133,9 @@ def has_rows(module: nn.Module) -> bool:
 
 def why_no_rows(layer: nn.Module) -> str | None:
     """Why single rows of this module's weight cannot be trained; None if they can."""
+    weight = layer._parameters.get("weight")
+    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+        return "its weight is no plain tensor of floating-point numbers (it is quantised, or computed from others)"
     if isinstance(layer, nn.Linear):
         return None
     if not isinstance(layer, nn.Embedding):

@@ -24,7 +24,7 @@ from veneer.targets.saved import saved_modules
 from veneer.targets.site import Site
 from veneer.targets.structure import Structure, structure_of
 from veneer.targets.suggest import explain_unmatched, some
-from veneer.targets.ties import check_effect, follow_ties, tied_names, ties_of, warn_of_untying
+from veneer.targets.ties import also_named, check_effect, follow_ties, ties_of, unnamed, warn_of_untying
 from veneer.targets.token_rows import TokenSite, check_overlap, indices_on_disk, token_sites, warn_of_rows
 
 
@@ -59,8 +59,7 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
 
     Raises TargetError that lists everything that does not fit, with suggestions.
     """
-    structure = structure_of(model)
-    findings = Findings()
+    structure, findings = structure_of(model), Findings()
     save_names, saved = saved_modules(structure, config, findings)
     chosen = _excluded(structure, config, _targeted(structure, config, saved, findings), findings)
     ties = ties_of(model, structure)
@@ -72,27 +71,19 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
     _check_patterns(config, paths, findings)
     _check_layers(structure, config, paths, saved, findings)
     biases = _biases(structure, config, paths, saved)
-    if config.bias != "none" and not biases:
-        findings.idle.append(f"bias={config.bias!r}: there is no bias to train; leave it out")
-    if not paths and not findings.wrong and not findings.idle:
-        findings.wrong.append("no layer is left to adapt: what target_modules names is excluded")
+    _check_something_is_left(config, paths, biases, findings)
     findings.settle(structure.model_name, strict=strict or not paths)
     sites = _with_tied([_site(structure, config, path) for path in paths], trained.tied)
     _warn_of_rank(sites)
     if strict:
         warn_of_untying(ties, config, paths, saved)
         warn_of_rows(structure, rows, ties)
-    one_weight = {*trained.tied, *trained.tied.values()}
-    save_names += [path for path in saved if path in one_weight and not named(save_names, path)]
     return Resolution(
         sites=sites,
         saved=tuple(saved),
         biases=biases,
-        target_modules=tied_names(
-            names_on_disk(structure, config, chosen, paths, saved),
-            {path: source for path, source in trained.tied.items() if path in paths},
-        ),
-        modules_to_save=save_names or None,
+        target_modules=also_named(names_on_disk(structure, config, chosen, paths, saved), trained.one_weight(paths)),
+        modules_to_save=[*save_names, *unnamed(save_names, trained.one_weight(saved))] or None,
         token_rows=rows,
         token_indices=indices_on_disk(model, config, rows),
         tied=trained.tied,
@@ -167,6 +158,13 @@ def _check_layers(
                 "fan_in_fan_out=True: the targets store their weight as (out, in), so it would change nothing; "
                 "leave it out (it belongs to GPT-2's Conv1D)"
             )
+
+
+def _check_something_is_left(config: LoraConfig, paths: list[str], biases: tuple[str, ...], findings: Findings) -> None:
+    if config.bias != "none" and not biases:
+        findings.idle.append(f"bias={config.bias!r}: there is no bias to train; leave it out")
+    if not paths and not findings.wrong and not findings.idle:
+        findings.wrong.append("no layer is left to adapt: what target_modules names is excluded")
 
 
 def _site(structure: Structure, config: LoraConfig, path: str) -> Site:

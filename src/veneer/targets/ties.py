@@ -1,7 +1,7 @@
 """Embeddings and output heads that are one weight, and what is trained on them (`ensure_weight_tying`)."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import regex
@@ -38,6 +38,10 @@ class Trained:
     targets: list[str]
     saved: list[str]
     tied: dict[str, str] = field(default_factory=dict)
+
+    def one_weight(self, paths: list[str]) -> list[str]:
+        """Those of the paths that share what is trained with another."""
+        return [path for path in paths if path in self.tied or path in self.tied.values()]
 
 
 def ties_of(model: nn.Module, structure: Structure) -> list[Tie]:
@@ -123,11 +127,15 @@ def warn_of_untying(ties: Iterable[Tie], config: LoraConfig, targets: list[str],
             )
 
 
-def tied_names(target: list[str] | str, tied: Mapping[str, str]) -> list[str] | str:
-    """`target_modules` as a file must say it, so that PEFT too sees that tied modules are meant."""
-    paths = sorted({*tied, *tied.values()})
+def unnamed(names: list[str], paths: Iterable[str]) -> list[str]:
+    """Those of the paths that no name means."""
+    return [path for path in paths if not named(names, path)]
+
+
+def also_named(target: list[str] | str, paths: list[str]) -> list[str] | str:
+    """`target_modules` such that these paths are meant too: an adapter file names every module that a tie adds."""
     if isinstance(target, list):
-        return sorted({*target, *(path for path in paths if not named(target, path))})
+        return sorted([*target, *unnamed(target, paths)])
     missing = [path for path in paths if not selector(target)(path)]
     return "|".join([f"(?:{target})", *map(regex.escape, missing)]) if missing else target
 

@@ -158,8 +158,6 @@ def _why_not(structure: Structure, paths: tuple[str, ...], tokens: list[int]) ->
         if reason := why_no_rows(module) or structure.readers.get(path):
             problems.append(f"{FIELD}: rows of {path} cannot be trained: {reason}")
     weight = structure.modules[paths[0]]._parameters.get("weight")
-    if not problems and weight is None:
-        return [f"{FIELD}: rows of {paths[0]} cannot be trained: its weight is computed from others"]
     if not problems and weight is not None:
         outside = [token for token in tokens if token >= weight.shape[0]]
         if outside:
