@@ -6,7 +6,7 @@ from torch import nn
 
 import tiny
 import veneer
-from veneer.errors import MergeError
+from veneer.errors import MergeError, VeneerWarning
 
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -153,7 +153,8 @@ def test_tied_weights_are_merged_once_and_untied(fields, tmp_path):
     """PEFT adds the delta to the shared weight, so that embedding and head both change."""
     from transformers import LlamaForCausalLM
 
-    model = adapted(tiny.llama(tied=True), **fields)
+    with pytest.warns(VeneerWarning, match="share one weight"):
+        model = adapted(tiny.llama(tied=True), **fields)
     expected = model(tiny.ids()).logits
     model.merge_adapter()
     torch.testing.assert_close(model(tiny.ids()).logits, expected)

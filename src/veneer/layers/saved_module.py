@@ -79,12 +79,14 @@ def original_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if not name.startswith(f"{CHILD}.")}
 
 
-def keep_copy(module: Layer, name: str, route: Route) -> None:
+def keep_copy(module: Layer, name: str, route: Route, *, weight: nn.Parameter | None = None) -> None:
     """Give adapter `name` its own trainable copy of the module.
+
+    weight  that of another copy, which this one shares (`ensure_weight_tying`)
 
     Raises AttachError if something other than accelerate has replaced the module's forward.
     """
-    copy = _plain_copy(module)
+    copy = _plain_copy(module, {} if weight is None else {id(module.weight): weight})
     copy.requires_grad_(True)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(copy, hooks).clear()  # they run on the module itself already
@@ -97,11 +99,11 @@ def keep_copy(module: Layer, name: str, route: Route) -> None:
         module.modules_to_save[name] = copy
 
 
-def _plain_copy(module: Layer) -> Layer:
-    """A copy of the original module alone."""
+def _plain_copy(module: Layer, shared: dict[int, Any]) -> Layer:
+    """A copy of the original module alone; `shared` is what to put in place of some of its parts, by id."""
     if not is_saved(module):
-        return deepcopy(module)
-    spared = {id(module.modules_to_save): Copies(), id(module._veneer_route): Route()}
+        return deepcopy(module, shared)
+    spared = {**shared, id(module.modules_to_save): Copies(), id(module._veneer_route): Route()}
     copy = deepcopy(module, spared)
     swap.take_away(copy)
     del copy.modules_to_save

@@ -7,11 +7,12 @@ from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import MergeError
-from veneer.layers import attach, saved_module
+from veneer.layers import attach, saved_module, token_rows
+from veneer.layers.replication import replicated, replication_of
 from veneer.layers.route import RoutedCheckpoint
 from veneer.layers.stand_in import StandIns
 from veneer.model.invocation import follow_invocations
-from veneer.model.make import Made, new_adapter, saved_adapter
+from veneer.model.make import Made, first_rows, new_adapter, saved_adapter, tied_adapter
 from veneer.model.overlay import (
     Overlay,
     hang,
@@ -56,15 +57,33 @@ def carry_out(
 
     tensors  the adapter's values by their names in an adapter file, already checked; None to initialise
     """
+    with replicated(model, todo.config.layer_replication) as stack:
+        _carry_out(model, todo, tensors, float32, generator)
+        stack.keep()
+
+
+def _carry_out(
+    model: nn.Module, todo: Plan, tensors: Mapping[str, Tensor] | None, float32: bool, generator: Generator | None
+) -> None:
     name, overlay = todo.name, overlay_made_for(model)
     with plain_base(model, overlay):
         made = _made(model, todo, tensors, float32, generator)
+        rows = [(site, first_rows(model, site, float32=float32)) for site in todo.resolution.token_rows]
     first = not overlay.configs
     try:
         for one in made:
             attach.attach(model.get_submodule(one.site.path), name, one.adapter, overlay.route)
         for path in todo.resolution.saved:
-            saved_module.keep_copy(model.get_submodule(path), name, overlay.route)
+            source = todo.resolution.tied.get(path)
+            weight = (
+                None
+                if source is None
+                else model.get_submodule(source).get_parameter(f"{saved_module.CHILD}.{name}.weight")
+            )
+            saved_module.keep_copy(model.get_submodule(path), name, overlay.route, weight=weight)
+        for site, trained in rows:
+            for path in site.paths:
+                token_rows.keep_rows(model.get_submodule(path), name, trained, overlay.route)
     except BaseException:
         _take_off(model, name, todo.resolution)
         raise
@@ -92,14 +111,18 @@ def _made(
     model: nn.Module, todo: Plan, tensors: Mapping[str, Tensor] | None, float32: bool, generator: Generator | None
 ) -> list[Made]:
     """The adapters of all sites. Raises ConfigError if the initialisation cannot start on one."""
-    sites, config = todo.resolution.sites, todo.config
+    sites, config = [site for site in todo.resolution.sites if site.tied_to is None], todo.config
     if tensors is not None:
-        return [saved_adapter(model, site, config, tensors, float32=float32) for site in sites]
-    stats = kept_statistics(model, config)
-    return [
-        new_adapter(model, site, config, stats=stats.get(site.path), float32=float32, generator=generator)
-        for site in sites
-    ]
+        made = [saved_adapter(model, site, config, tensors, float32=float32) for site in sites]
+    else:
+        stats = kept_statistics(model, config)
+        made = [
+            new_adapter(model, site, config, stats=stats.get(site.path), float32=float32, generator=generator)
+            for site in sites
+        ]
+    adapters = {one.site.path: one.adapter for one in made}
+    tied = (site for site in todo.resolution.sites if site.tied_to is not None)
+    return [*made, *(tied_adapter(site, adapters[str(site.tied_to)]) for site in tied)]
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -120,6 +143,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     else:
         _unprotect_checkpointing(model)
         take_down(model)
+        if (stack := replication_of(model)) is not None:
+            stack.take_back(model)
 
 
 def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
@@ -127,6 +152,9 @@ def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
         attach.detach(model.get_submodule(site.path), name)
     for path in resolution.saved:
         saved_module.drop_copy(model.get_submodule(path), name)
+    for site in resolution.token_rows:
+        for path in site.paths:
+            token_rows.drop_rows(model.get_submodule(path), name)
 
 
 def activate(model: nn.Module, names: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer._version import __version__
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, bullet_list
+from veneer.layers.replication import replicated
 from veneer.model.apply import carry_out
 from veneer.model.overlay import overlay_needed
 from veneer.model.plan import plan
@@ -23,7 +24,15 @@ from veneer.model.start import (
     split,
     takes_off_its_start,
 )
-from veneer.model.tensors import adapter_tensors, expected_tensors, repeated_keys, site_keys, tensors_from_state
+from veneer.model.tensors import (
+    adapter_tensors,
+    expected_tensors,
+    repeated_keys,
+    replaced_rows,
+    site_keys,
+    tensors_from_state,
+    tied_keys,
+)
 from veneer.storage.adapter_file import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -110,7 +119,8 @@ def load_adapter(
     _check_config_belongs(folder, config, header)
     _check_rank(folder, config, header)
     todo = plan(model, name, config, strict=False)
-    tensors = _checked_tensors(model, folder, todo.resolution, header)
+    with replicated(model, todo.config.layer_replication):
+        tensors = _checked_tensors(model, folder, todo.resolution, header)
     carry_out(model, todo, tensors=tensors, float32=float32)
     return todo.config
 
@@ -139,7 +149,8 @@ def _checked_tensors(
     check_header(folder, header, expected, repeated)
     tensors = read_tensors(folder, header.tensors)
     check_integrity(folder, header, tensors)
-    _check_repeats_base(model, folder, tensors, repeated)
+    _check_repeats_base(model, folder, tensors, repeated, replaced_rows(resolution))
+    _check_tied(folder, tensors, resolution)
     return {key: tensors[key] for key in expected}
 
 
@@ -183,15 +194,40 @@ def _check_rank(folder: Path, config: LoraConfig, header: Header) -> None:
 
 
 def _check_repeats_base(
-    model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], repeated: Mapping[str, str | None]
+    model: nn.Module,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    repeated: Mapping[str, str | None],
+    replaced: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Base weights in an adapter file must be this base's: PEFT adds them for embeddings and output heads."""
+    """Base weights in an adapter file must be this base's: PEFT adds them for embeddings and output heads.
+
+    replaced  rows that need not be, by parameter name, since the adapter has its own in their place
+    """
     for key, parameter_name in repeated.items():
         if key not in tensors or parameter_name is None:
             continue
         own, given = model.state_dict()[parameter_name], tensors[key]
+        if parameter_name in replaced and own.shape == given.shape:
+            given = given.index_copy(
+                0, rows := torch.tensor(replaced[parameter_name]), own.detach().cpu()[rows].to(given)
+            )
         if own.shape != given.shape or not torch.equal(own.detach().cpu(), given.to(own.dtype)):
             raise AdapterFileError(
                 f"{Path(folder) / WEIGHTS_FILE} brings its own {parameter_name} {list(given.shape)}, which differs "
                 f"from this model's {list(own.shape)}: it was trained over a base with other or resized embeddings."
             )
+
+
+def _check_tied(folder: Path, tensors: Mapping[str, Tensor], resolution: Resolution) -> None:
+    """What tied modules share is in the file once for each, and must be the same."""
+    apart = [key for key, source, seen in tied_keys(resolution) if not torch.equal(tensors[key], seen(tensors[source]))]
+    if apart:
+        raise AdapterFileError(
+            bullet_list(
+                f"{Path(folder) / WEIGHTS_FILE}: ensure_weight_tying is set, but these are not what the modules they "
+                "are tied to have: they were trained apart (PEFT loses the tie of a half-precision base). To load "
+                "them as they are, give a config with ensure_weight_tying=False:",
+                apart,
+            )
+        )

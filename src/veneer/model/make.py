@@ -12,10 +12,11 @@ from veneer.errors import ConfigError
 from veneer.init import Components, Factors, Weight, initialise
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
+from veneer.layers.token_rows import TokenRows
 from veneer.layers.weights import home, read, stored
 from veneer.model.start import takes_off_its_start
 from veneer.model.tensors import site_keys
-from veneer.targets import Site
+from veneer.targets import Site, TokenSite
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -95,6 +96,22 @@ def saved_adapter(
         frozen=FROZEN.get(str(config.init_lora_weights), ()),
     )
     return Made(site, adapter, base)
+
+
+def tied_adapter(site: Site, source: Adapter) -> Made:
+    """The adapter of a site that is tied to another: the parameters are that one's."""
+    shared = Factors(source.lora_A.detach(), source.lora_B.detach())
+    adapter = Adapter(site.kind, shared, scale=site.scale, dropout=site.dropout, frozen=source.frozen)
+    adapter.lora_A, adapter.lora_B = source.lora_A, source.lora_B
+    return Made(site, adapter)
+
+
+def first_rows(model: nn.Module, site: TokenSite, *, float32: bool = True) -> TokenRows:
+    """The rows of a token site as they start: the embedding's own."""
+    layer: Layer = model.get_submodule(site.path)
+    weight = stored(layer)
+    tokens = torch.tensor(site.tokens, device=weight.device)
+    return TokenRows(site.tokens, weight.detach()[tokens].to(_dtype(weight, float32)))
 
 
 def _started(

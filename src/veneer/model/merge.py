@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from veneer.errors import MergeError, bullet_list
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.weights import is_offloaded, read, store_of, stored
+from veneer.layers.replication import replication_of
+from veneer.layers.weights import is_offloaded, read, stored
 from veneer.model.apply import place_stand_ins, remove_adapter, set_enabled
+from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
 
@@ -28,10 +30,12 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     names = _checked(model, overlay, names)
     with _standing_in(model, overlay, names):
         merged = dict(_merged_parameters(model, names))
+    sources = sources_of(model, names)
     for (path, parameter), value in merged.items():
-        layer: Layer = model.get_submodule(path)
-        overlay.originals[path, parameter] = layer._parameters[parameter]
-        store_of(layer, parameter).write(layer, parameter, value)
+        for tied in one_with(sources, path):
+            layer: Layer = model.get_submodule(tied)
+            overlay.originals[tied, parameter] = layer._parameters[parameter]
+        put_merged(model, sources, path, parameter, value)
     overlay.route.set(merged=names)
     place_stand_ins(model, overlay)
     return names
@@ -96,9 +100,9 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
             pass
     overlay.route.set(active=names)
     place_stand_ins(model, overlay)
+    sources = sources_of(model, names)
     for (path, parameter), value in _merged_parameters(model, names):
-        layer: Layer = model.get_submodule(path)
-        store_of(layer, parameter).write(layer, parameter, value)
+        put_merged(model, sources, path, parameter, value)
     for name in names:
         for _, module in saved_modules(model, name):
             _take_over(module, module.modules_to_save[name])
@@ -109,6 +113,9 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
         for path, value in overlay.biases[name].values(model).items()
     }
     overlay.bases.clear()  # what stood in for a weight is part of the merged one
+    stack = replication_of(model)
+    if stack is not None:
+        stack.settle()
     remove_all(model)
     for path, value in kept.items():
         model.get_parameter(path).data = value.clone()
@@ -141,6 +148,7 @@ def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) ->
             f"Adapter {invoked[0]!r} acts from its alora_invocation_tokens on only, and merged weights would act on "
             "every token: it cannot be merged."
         )
+    check_rows(model, names)
     owners: dict[str, str] = {}
     for name in names:
         for path, _ in saved_modules(model, name):
@@ -169,8 +177,12 @@ def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple
 
     Raises MergeError naming the layers that cannot take the adapter in, or whose weights would overflow.
     """
+    sources = sources_of(model, names)
+    yield from merged_rows(model, names, sources)
     problems = []
     for site, adapters in _adapters_by_weight(model, names).items():
+        if site[0] in sources:
+            continue
         path, parameter = site
         layer: Layer = model.get_submodule(path)
         if is_offloaded(layer, parameter):

@@ -12,8 +12,9 @@ from veneer.layers.attach import adapter_on
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
 from veneer.layers.stand_in import StandIns
+from veneer.layers.token_rows import TokenRows
 from veneer.suggest import did_you_mean
-from veneer.targets import Resolution, Site
+from veneer.targets import Resolution, Site, TokenSite
 
 _ATTRIBUTE = "_veneer_overlay"
 
@@ -92,9 +93,18 @@ def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
         yield path, model.get_submodule(path)
 
 
+def token_rows(model: nn.Module, name: str) -> Iterator[tuple[TokenSite, TokenRows]]:
+    """The rows of embeddings that adapter `name` trains, and where they act."""
+    for site in overlay_needed(model).resolutions[name].token_rows:
+        module: Layer = model.get_submodule(site.path)
+        yield site, module.token_rows[name]
+
+
 def own_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """What trains with adapter `name` alone: factors, biases, magnitudes, and its copies of saved modules."""
+    """What trains with adapter `name` alone: factors, biases, magnitudes, copies of saved modules, token rows."""
     for _, adapter in adapters_by_site(model, name):
         yield from adapter.trained()
     for _, module in saved_modules(model, name):
         yield from module.modules_to_save[name].parameters()
+    for _, rows in token_rows(model, name):
+        yield from rows.parameters()

@@ -7,16 +7,18 @@ from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, AttachError, ConfigError, MergeError, bullet_list
-from veneer.layers import attach, saved_module
+from veneer.layers import attach, saved_module, token_rows
 from veneer.layers.attach import Adapted
 from veneer.layers.kinds import Layer
+from veneer.layers.replication import replicated, replication_of
 from veneer.layers.route import BASE
 from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
-from veneer.layers.swap import check_forward
+from veneer.layers.swap import Front, check_forward
+from veneer.layers.token_rows import has_rows
 from veneer.layers.weights import is_offloaded, read
 from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
-from veneer.targets import Resolution, Site, resolve
+from veneer.targets import Resolution, Site, TokenSite, resolve
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -45,6 +47,12 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
     _refuse_unbuilt(config)
     if overlay is not None and overlay.route.merged:
         raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
+    with replicated(model, _stretches(model, config, overlay)):
+        return _plan(model, name, config, overlay, strict=strict)
+
+
+def _plan(model: nn.Module, name: str, config: LoraConfig, overlay: Overlay | None, *, strict: bool) -> Plan:
+    """The plan for a model whose layers are those that the adapter will lie on."""
     resolution = resolve(model, config, strict=strict)
     problems = [
         *(problem for path in resolution.saved for problem in _why_not_saved(model.get_submodule(path), path, overlay)),
@@ -53,15 +61,16 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
             for site in resolution.sites
             for problem in _why_not_adapted(model.get_submodule(site.path), site, config)
         ),
+        *(problem for site in resolution.token_rows for problem in _why_no_rows(model, site)),
         *_other_overlay(model, overlay, resolution),
         *_clashes_of_bias(overlay, resolution),
         *why_not_invoked(model, config, resolution),
     ]
     if problems:
         raise AttachError(bullet_list(f"Adapter {name!r} cannot be attached:", problems))
-    for path in [*(site.path for site in resolution.sites), *resolution.saved]:
+    for path in _paths(resolution):
         module = model.get_submodule(path)
-        if not isinstance(module, Adapted) and not is_saved(module):
+        if not isinstance(module, Front):
             check_forward(module)
     for site in resolution.sites:
         if site.dora or _looks_at_weights(config):
@@ -71,22 +80,42 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
         target_modules=resolution.target_modules,
         modules_to_save=resolution.modules_to_save,
         fan_in_fan_out=stored_transposed,
+        trainable_token_indices=resolution.token_indices,
+        layer_replication=_stretches(model, config, overlay),
     )
     return Plan(name, resolved, resolution)
 
 
 def _refuse_unbuilt(config: LoraConfig) -> None:
-    unbuilt = (
-        "target_parameters",
-        "trainable_token_indices",
-        "layer_replication",
-        "ensure_weight_tying",
-    )
+    unbuilt = ("target_parameters",)
     problems = [
         f"{field}={value!r}: not available yet; leave it out" for field in unbuilt if (value := getattr(config, field))
     ]
     if problems:
         raise ConfigError(bullet_list("LoraConfig cannot be used:", problems))
+
+
+def _stretches(model: nn.Module, config: LoraConfig, overlay: Overlay | None) -> list[tuple[int, int]] | None:
+    """The `layer_replication` that the adapter lies on: the config's, or that of the adapters there are.
+
+    Raises AttachError if there are adapters on layers that would be replicated now.
+    """
+    there = replication_of(model)
+    if config.layer_replication is None:
+        return None if there is None else there.stretches
+    if there is None and overlay is not None and overlay.configs:
+        others = ", ".join(overlay.configs)
+        raise AttachError(
+            f"layer_replication={config.layer_replication}: the model has adapters already ({others}), and layers are "
+            "replicated before the first one. Remove them first."
+        )
+    return config.layer_replication
+
+
+def _paths(resolution: Resolution) -> list[str]:
+    """Every module that will be changed."""
+    rows = [path for site in resolution.token_rows for path in site.paths]
+    return [*(site.path for site in resolution.sites), *resolution.saved, *rows]
 
 
 def check_name(name: str, overlay: Overlay | None) -> None:
@@ -112,6 +141,8 @@ def _why_not_saved(module: nn.Module, path: str, overlay: Overlay | None) -> lis
         problems.append(f"modules_to_save: {path} holds a module that another adapter trains in full")
     if isinstance(module, CONTAINERS):
         problems.append(f"modules_to_save: {path} is a {type(module).__name__}, never called itself; name its parts")
+    if any(map(has_rows, module.modules())):
+        problems.append(f"modules_to_save: {path} is or holds an embedding of which another adapter trains rows")
     if not is_saved(module) and hasattr(module, saved_module.CHILD):
         problems.append(f"modules_to_save: {path} has an attribute {saved_module.CHILD!r} of its own")
     return problems
@@ -126,6 +157,8 @@ def _why_not_adapted(layer: Layer, site: Site, config: LoraConfig) -> list[str]:
     problems = []
     if is_saved(layer):
         problems.append(f"target_modules: another adapter trains {site.path} in full")
+    if has_rows(layer):
+        problems.append(f"target_modules: another adapter trains rows of {site.path} (trainable_token_indices)")
     if not isinstance(layer, Adapted) and hasattr(layer, attach.CHILD):
         problems.append(f"target_modules: {site.path} has an attribute {attach.CHILD!r} of its own")
     if site.bias and not site.kind.bias:
@@ -144,10 +177,27 @@ def _why_not_adapted(layer: Layer, site: Site, config: LoraConfig) -> list[str]:
     return problems
 
 
+def _why_no_rows(model: nn.Module, site: TokenSite) -> list[str]:
+    problems = []
+    for path in site.paths:
+        module: Layer = model.get_submodule(path)
+        if isinstance(module, Adapted):
+            problems.append(f"trainable_token_indices: another adapter adapts {path}")
+        elif is_saved(module):
+            problems.append(f"trainable_token_indices: another adapter trains {path} in full")
+        elif not has_rows(module) and hasattr(module, token_rows.CHILD):
+            problems.append(f"trainable_token_indices: {path} has an attribute {token_rows.CHILD!r} of its own")
+        if is_offloaded(module):
+            problems.append(
+                f"trainable_token_indices: the weight of {path} is offloaded; load the model such that it stays on a "
+                "device"
+            )
+    return problems
+
+
 def _other_overlay(model: nn.Module, overlay: Overlay | None, resolution: Resolution) -> list[str]:
     """Adapters that were laid over a part of the model, or over a model this one is part of."""
-    paths = [*(site.path for site in resolution.sites), *resolution.saved]
-    routes = {path: vars(model.get_submodule(path)).get("_veneer_route") for path in paths}
+    routes = {path: vars(model.get_submodule(path)).get("_veneer_route") for path in _paths(resolution)}
     mine = None if overlay is None else overlay.route
     strange = [path for path, route in routes.items() if route is not None and route is not mine]
     if strange:

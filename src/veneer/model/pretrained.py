@@ -7,7 +7,9 @@ from torch import nn
 from veneer.config import LoraConfig
 from veneer.layers.attach import Adapters
 from veneer.layers.kinds import Layer
+from veneer.layers.replication import original_layers
 from veneer.layers.saved_module import Copies
+from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.merge import base_in_place
 
 _SAVE = "save_pretrained"
@@ -22,19 +24,19 @@ class SaveBase:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Save with the base weights and biases in place and without the adapters' tensors."""
-        theirs = getattr(self.model, _LEAVE_OUT)
-        ours = {
-            f"{path}.{name}"
-            for path, module in self.model.named_modules()
-            if isinstance(module, Adapters | Copies)
-            for name in module.state_dict()
-        }
-        setattr(self.model, _LEAVE_OUT, {*(theirs or ()), *ours})
-        try:
-            with base_in_place(self.model):
+        with base_in_place(self.model), original_layers(self.model):
+            theirs = getattr(self.model, _LEAVE_OUT)
+            ours = {
+                f"{path}.{name}"
+                for path, module in self.model.named_modules()
+                if isinstance(module, Adapters | Copies | RowsByAdapter)
+                for name in module.state_dict()
+            }
+            setattr(self.model, _LEAVE_OUT, {*(theirs or ()), *ours})
+            try:
                 return getattr(type(self.model), _SAVE)(self.model, *args, **kwargs)
-        finally:
-            setattr(self.model, _LEAVE_OUT, theirs)
+            finally:
+                setattr(self.model, _LEAVE_OUT, theirs)
 
 
 def guard_saving(model: nn.Module) -> None:

@@ -1,14 +1,16 @@
 """An adapter on a model, seen as the tensors of an adapter file: names, shapes and values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from veneer.layers import attach, saved_module
+from veneer.layers import token_rows as row_module
+from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
-from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules
+from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
 from veneer.storage import keys
 from veneer.storage.adapter_file import Expected
@@ -30,6 +32,8 @@ def site_keys(site: Site) -> dict[str, str]:
 def site_shapes(site: Site) -> dict[str, tuple[int, ...]]:
     """The shapes in an adapter file of the same."""
     shape_A, shape_B = site.factors
+    if site.kind is TIED_HEAD:
+        shape_A, shape_B = shape_A[::-1], shape_B[::-1]
     return {"lora_A": shape_A, "lora_B": shape_B, "lora_bias": site.shape[:1], "lora_magnitude": site.magnitude}
 
 
@@ -48,6 +52,8 @@ def expected_tensors(model: nn.Module, resolution: Resolution) -> dict[str, Expe
     for path in resolution.saved:
         for name, value in original_state(model.get_submodule(path)).items():
             expected[keys.saved(path, name)] = Expected(tuple(value.shape), value.is_floating_point())
+    for site in resolution.token_rows:
+        expected[keys.token_rows(site.path)] = Expected((len(site.tokens), site.width))
     for name in resolution.biases:
         expected[bias_key(resolution, name)] = Expected(tuple(model.get_parameter(name).shape))
     return expected
@@ -68,7 +74,42 @@ def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | N
             copied, original = keys.inside_saved(path, name)
             repeated[copied] = None
             repeated[original] = f"{path}.{name}"
+    for path in (path for site in resolution.token_rows for path in site.paths):
+        repeated[keys.below_token_rows(path)] = f"{path}.weight"
+        repeated[keys.token_rows(path)] = None
     return repeated
+
+
+def replaced_rows(resolution: Resolution) -> dict[str, tuple[int, ...]]:
+    """The rows of base weights that the adapter has its own of, by parameter name."""
+    return {f"{path}.weight": site.tokens for site in resolution.token_rows for path in site.paths}
+
+
+def tied_keys(resolution: Resolution) -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
+    """(name, source's name, how the one is seen in the other) of tensors that a file holds for each tied module."""
+    found: list[tuple[str, str, Callable[[Tensor], Tensor]]] = []
+    by_path = {site.path: site for site in resolution.sites}
+    for path, source in resolution.tied.items():
+        if path in resolution.saved:
+            found.append((keys.saved(path, "weight"), keys.saved(source, "weight"), _as_it_is))
+        if path in by_path:
+            seen = _transposed if by_path[path].kind is TIED_HEAD else _as_it_is
+            theirs = site_keys(by_path[source])
+            found += [(key, theirs[part], seen) for part, key in site_keys(by_path[path]).items()]
+    return found
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+def _transposed(value: Tensor) -> Tensor:
+    return value.T
+
+
+def _on_disk(site: Site, part: str, value: Tensor) -> Tensor:
+    """A parameter of the adapter on a site, in the shape that a file has it in."""
+    return value.T if site.kind is TIED_HEAD else value.view(site_shapes(site)[part])
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -77,9 +118,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     resolution = overlay.resolutions[name]
     tensors: dict[str, Tensor] = {}
     for site, adapter in adapters_by_site(model, name):
-        shapes = site_shapes(site)
         for part, key in site_keys(site).items():
-            tensors[key] = getattr(adapter, part).detach().view(shapes[part])
+            tensors[key] = _on_disk(site, part, getattr(adapter, part).detach())
         if adapter.start_A is not None and adapter.start_B is not None:
             keys_of = site_keys(site)
             tensors[keys_of["lora_A"] + START] = adapter.start_A
@@ -87,6 +127,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     for path, module in saved_modules(model, name):
         for inner, value in module.modules_to_save[name].state_dict().items():
             tensors[keys.saved(path, inner)] = value
+    for site, rows in token_rows(model, name):
+        tensors[keys.token_rows(site.path)] = rows.trainable_tokens_delta.detach()
     if name in overlay.biases:
         for parameter_name, value in overlay.biases[name].values(model).items():
             tensors[bias_key(resolution, parameter_name)] = value
@@ -109,9 +151,14 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
     for path in resolution.saved:
         for inner in original_state(model.get_submodule(path)):
             names[keys.saved(path, inner)] = f"{path}.{saved_module.CHILD}.{name}.{inner}"
+    for site in resolution.token_rows:
+        names[keys.token_rows(site.path)] = f"{site.path}.{row_module.CHILD}.{name}.trainable_tokens_delta"
     names |= {bias_key(resolution, bias): bias for bias in resolution.biases}
     shapes = {key: site_shapes(site)[part] for site in resolution.sites for part, key in site_keys(site).items()}
     found = {key: plain[in_model] for key, in_model in names.items() if in_model in plain}
+    for key, source, seen in tied_keys(resolution):
+        if source in found:
+            found[key] = seen(found[source])
     return {
         key: value.reshape(shapes[key]) if key in shapes and value.numel() == math.prod(shapes[key]) else value
         for key, value in found.items()

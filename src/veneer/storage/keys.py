@@ -38,6 +38,16 @@ def base_weight(path: str) -> str:
     return f"{PREFIX}{path}.base_layer.weight"
 
 
+def token_rows(path: str) -> str:
+    """The rows of the embedding at `path` that are trained in full (`trainable_token_indices`)."""
+    return f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"
+
+
+def below_token_rows(path: str) -> str:
+    """The weight of an embedding whose rows are trained, which PEFT adds to the file after a resize."""
+    return f"{PREFIX}{path}.token_adapter.base_layer.weight"
+
+
 def inside_saved(path: str, parameter: str) -> tuple[str, str]:
     """Two more names under which PEFT repeats the bias of a saved module when `bias="all"`."""
     return f"{PREFIX}{path}.modules_to_save.{parameter}", f"{PREFIX}{path}.original_module.{parameter}"

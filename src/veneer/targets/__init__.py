@@ -6,5 +6,6 @@ Reads a model's structure, even on the meta device; changes nothing.
 from veneer.targets.match import Resolution, resolve
 from veneer.targets.preview import Preview, preview
 from veneer.targets.site import Site
+from veneer.targets.token_rows import TokenSite
 
-__all__ = ["Preview", "Resolution", "Site", "preview", "resolve"]
+__all__ = ["Preview", "Resolution", "Site", "TokenSite", "preview", "resolve"]

@@ -5,14 +5,17 @@ string is a regular expression for the full path, exclusion wins, and a layer's 
 (or the first after a name in `layers_pattern`).
 """
 
+import dataclasses
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from veneer.config import ALL_LINEAR, LoraConfig, matches_end, rank_and_alpha
 from veneer.errors import VeneerWarning
-from veneer.layers.kinds import kind_of
+from veneer.layers.kinds import EMBEDDING, kind_of
+from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.targets.findings import Findings
 from veneer.targets.layer_numbers import in_layers
 from veneer.targets.names import as_list, inside, named, selector
@@ -21,6 +24,8 @@ from veneer.targets.saved import saved_modules
 from veneer.targets.site import Site
 from veneer.targets.structure import Structure, structure_of
 from veneer.targets.suggest import explain_unmatched, some
+from veneer.targets.ties import also_named, check_effect, follow_ties, ties_of, unnamed, warn_of_untying
+from veneer.targets.token_rows import TokenSite, check_overlap, indices_on_disk, token_sites, warn_of_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Resolution:
     saved           paths of the modules trained in full
     biases          full names of the bias parameters trained beside the adapter
     target_modules  the names or expression that mean just these sites, as an adapter file says it
+    token_rows      the rows of embeddings trained in full
+    token_indices   the same, as an adapter file says it
+    tied            {path: source} of the sites and saved modules that share what is trained on another, their source
     """
 
     sites: tuple[Site, ...]
@@ -38,6 +46,9 @@ class Resolution:
     biases: tuple[str, ...]
     target_modules: list[str] | str
     modules_to_save: list[str] | None
+    token_rows: tuple[TokenSite, ...] = ()
+    token_indices: list[int] | dict[str, list[int]] | None = None
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Resolution:
@@ -48,27 +59,34 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
 
     Raises TargetError that lists everything that does not fit, with suggestions.
     """
-    structure = structure_of(model)
-    findings = Findings()
+    structure, findings = structure_of(model), Findings()
     save_names, saved = saved_modules(structure, config, findings)
     chosen = _excluded(structure, config, _targeted(structure, config, saved, findings), findings)
-    paths = in_layers(config, chosen, findings)
+    ties = ties_of(model, structure)
+    trained = follow_ties(ties, config, in_layers(config, chosen, findings), saved, findings)
+    paths, saved = trained.targets, trained.saved
+    rows = token_sites(model, structure, ties, config, findings)
+    check_overlap(rows, paths, saved, findings)
+    check_effect(ties, config, [*trained.tied, *(path for site in rows for path in site.tied)], findings)
     _check_patterns(config, paths, findings)
     _check_layers(structure, config, paths, saved, findings)
     biases = _biases(structure, config, paths, saved)
-    if config.bias != "none" and not biases:
-        findings.idle.append(f"bias={config.bias!r}: there is no bias to train; leave it out")
-    if not paths and not findings.wrong and not findings.idle:
-        findings.wrong.append("no layer is left to adapt: what target_modules names is excluded")
+    _check_something_is_left(config, paths, biases, findings)
     findings.settle(structure.model_name, strict=strict or not paths)
-    sites = tuple(_site(structure, config, path) for path in paths)
+    sites = _with_tied([_site(structure, config, path) for path in paths], trained.tied)
     _warn_of_rank(sites)
+    if strict:
+        warn_of_untying(ties, config, paths, saved)
+        warn_of_rows(structure, rows, ties)
     return Resolution(
         sites=sites,
         saved=tuple(saved),
         biases=biases,
-        target_modules=names_on_disk(structure, config, chosen, paths, saved),
-        modules_to_save=save_names or None,
+        target_modules=also_named(names_on_disk(structure, config, chosen, paths, saved), trained.one_weight(paths)),
+        modules_to_save=[*save_names, *unnamed(save_names, trained.one_weight(saved))] or None,
+        token_rows=rows,
+        token_indices=indices_on_disk(model, config, rows),
+        tied=trained.tied,
     )
 
 
@@ -142,6 +160,13 @@ def _check_layers(
             )
 
 
+def _check_something_is_left(config: LoraConfig, paths: list[str], biases: tuple[str, ...], findings: Findings) -> None:
+    if config.bias != "none" and not biases:
+        findings.idle.append(f"bias={config.bias!r}: there is no bias to train; leave it out")
+    if not paths and not findings.wrong and not findings.idle:
+        findings.wrong.append("no layer is left to adapt: what target_modules names is excluded")
+
+
 def _site(structure: Structure, config: LoraConfig, path: str) -> Site:
     layer = structure.modules[path]
     kind = kind_of(layer)
@@ -161,6 +186,19 @@ def _site(structure: Structure, config: LoraConfig, path: str) -> Site:
         dropout=config.lora_dropout,
         bias=config.lora_bias,
     )
+
+
+def _with_tied(sites: list[Site], tied: Mapping[str, str]) -> tuple[Site, ...]:
+    """The sites, such that those tied to another are what it is: a head reads the embedding's adapter transposed."""
+    by_path = {site.path: site for site in sites}
+    done = []
+    for site in sites:
+        source = by_path.get(tied.get(site.path, ""))
+        if source is not None:
+            kind = EMBEDDING if site.kind is EMBEDDING else TIED_HEAD
+            site = replace(site, kind=kind, factors=source.factors, tied_to=source.path)
+        done.append(site)
+    return tuple(done)
 
 
 def _warn_of_rank(sites: tuple[Site, ...]) -> None:

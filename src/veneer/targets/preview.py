@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.config import LoraConfig
+from veneer.layers.replication import replicated
 from veneer.targets.match import Resolution, resolve
 from veneer.targets.site import Site
 from veneer.targets.structure import structure_of
@@ -29,11 +30,19 @@ class Preview:
 
 def preview(model: nn.Module, config: LoraConfig) -> Preview:
     """What `config` would adapt in `model`, without touching it. Raises TargetError with suggestions."""
+    with replicated(model, config.layer_replication):
+        return _preview(model, config)
+
+
+def _preview(model: nn.Module, config: LoraConfig) -> Preview:
     resolution = resolve(model, config)
     structure = structure_of(model)
     linear = Counter(path.rpartition(".")[2] for path in structure.linear_layers)
     added = sum(site.parameters for site in resolution.sites)
+    added += sum(site.parameters for site in resolution.token_rows)
+    tied = {path: source for path, source in resolution.tied.items() if path in resolution.saved}
     copied = sum(p.numel() for path in resolution.saved for p in structure.modules[path].parameters())
+    copied -= sum(structure.modules[path].get_parameter("weight").numel() for path in tied)  # one copy serves both
     biases = sum(model.get_parameter(name).numel() for name in resolution.biases)
     base = sum(parameter.numel() for parameter in model.parameters())
     return Preview(resolution.sites, resolution, dict(linear), added + copied + biases, base + added + copied)

@@ -16,6 +16,7 @@ class Site:
     factors          the shapes of A and B
     magnitude        the shape of DoRA's magnitude in an adapter file
     bias             whether it has a bias of its own (`lora_bias`)
+    tied_to          the path of the site whose adapter it shares, None for one of its own
     """
 
     path: str
@@ -30,6 +31,7 @@ class Site:
     dropout: float
     bias: bool = False
     parameter: str = "weight"
+    tied_to: str | None = None
 
     @property
     def scale(self) -> float:
@@ -38,6 +40,8 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """How many trainable numbers the adapter has here."""
+        """How many trainable numbers the adapter has here; those it shares count at the other site."""
+        if self.tied_to is not None:
+            return 0
         extra = (self.dora + self.bias) * self.shape[0]
         return sum(math.prod(shape) for shape in self.factors) + extra

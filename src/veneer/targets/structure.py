@@ -10,6 +10,7 @@ from veneer.layers.attach import Adapters
 from veneer.layers.kinds import KINDS, class_name, kind_of
 from veneer.layers.saved_module import Copies
 from veneer.layers.swap import base_class
+from veneer.layers.token_rows import RowsByAdapter
 from veneer.targets.readers import READERS
 
 _GETTERS = ("get_input_embeddings", "get_output_embeddings")
@@ -63,7 +64,7 @@ def structure_of(model: nn.Module) -> Structure:
 def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     skipped: list[str] = []
     for path, module in model.named_modules():
-        if isinstance(module, Adapters | Adapter | Copies):
+        if isinstance(module, Adapters | Adapter | Copies | RowsByAdapter):
             skipped.append(f"{path}.")
         elif path and not path.startswith(tuple(skipped)):
             yield path, module
