@@ -136,6 +136,7 @@ class TestGenerating:
         assert torch.equal(model.generate(input_ids=x, **options), model.generate(x, **options))
         assert torch.equal(model.base_model.generate(x, **options), model.generate(x, **options))
 
+    @pytest.mark.filterwarnings("ignore:.*share one weight")
     @pytest.mark.parametrize("family", ["t5", "whisper"])
     @pytest.mark.parametrize("beams", [1, 3])
     def test_an_encoder_has_fewer_rows_than_its_decoder(self, family, beams):
