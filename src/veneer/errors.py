@@ -8,6 +8,7 @@
     ├── AdapterFileError (ValueError)      an adapter folder that is missing, damaged or does not fit
     ├── AttachError (RuntimeError)         a model in a state in which adapters cannot be attached
     ├── MergeError (RuntimeError)          a merge that would be wrong
+    ├── ArgumentError (TypeError)          an argument of a kind that cannot be meant: a text for a number, say
     ├── DataError (ValueError)             a training row that cannot be used
     ├── RunError (ValueError)              a run file or a command line that cannot be right
     └── MissingPackageError (ImportError)  an optional package that is not installed
@@ -50,6 +51,10 @@ class AttachError(VeneerError, RuntimeError):
 
 class MergeError(VeneerError, RuntimeError):
     """A merge that would give wrong weights."""
+
+
+class ArgumentError(VeneerError, TypeError):
+    """An argument of a kind that cannot be meant."""
 
 
 class DataError(VeneerError, ValueError):

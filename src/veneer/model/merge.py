@@ -14,10 +14,11 @@ from veneer.errors import MergeError, bullet_list
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.weights import is_offloaded, read, store_of, stored
-from veneer.model.apply import place_stand_ins, remove_adapter, set_enabled
+from veneer.model.apply import one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
 
+@one_at_a_time
 def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Fold adapters (the active ones, unless named) into the weights until `unmerge`; returns their names.
 
@@ -37,6 +38,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     return names
 
 
+@one_at_a_time
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit. Raises MergeError if nothing is merged."""
     overlay = overlay_needed(model)
@@ -53,6 +55,7 @@ def unmerge(model: nn.Module) -> None:
     place_stand_ins(model, overlay)
 
 
+@one_at_a_time
 def disable(model: nn.Module) -> None:
     """Let the model be the base model: what is merged is taken out, and no adapter acts until it is enabled again."""
     if overlay_needed(model).route.merged:
@@ -81,6 +84,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
                 merge(model, merged)
 
 
+@one_at_a_time
 def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
     """Fold adapters into the weights for good and take every adapter off; returns the same model.
 
@@ -116,6 +120,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     return model
 
 
+@one_at_a_time
 def remove_all(model: nn.Module) -> nn.Module:
     """Take every adapter off without merging; returns the same model, as it was before the first one, still frozen."""
     overlay = overlay_needed(model)

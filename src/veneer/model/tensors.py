@@ -33,6 +33,16 @@ def site_shapes(site: Site) -> dict[str, tuple[int, ...]]:
     return {"lora_A": shape_A, "lora_B": shape_B, "lora_bias": site.shape[:1], "lora_magnitude": site.magnitude}
 
 
+def without_padding(value: Tensor, part: str, site: Site) -> Tensor:
+    """A view of what of A or B belongs to the adapter's own rank: `prepare_model_for_compiled_hotswap` adds zeros."""
+    shape = site_shapes(site)[part]
+    if part == "lora_A" and value.dim() == len(shape) and value.shape[0] > shape[0]:
+        return value[: shape[0]]
+    if part == "lora_B" and value.dim() == len(shape) and value.shape[1] > shape[1]:
+        return value[:, : shape[1]]
+    return value
+
+
 def bias_key(resolution: Resolution, name: str) -> str:
     """The name of a trained bias, given its parameter's name in the model."""
     path = name.rpartition(".")[0]
@@ -79,7 +89,8 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     for site, adapter in adapters_by_site(model, name):
         shapes = site_shapes(site)
         for part, key in site_keys(site).items():
-            tensors[key] = getattr(adapter, part).detach().view(shapes[part])
+            value = without_padding(getattr(adapter, part).detach(), part, site)
+            tensors[key] = value if value.shape == shapes[part] else value.view(shapes[part])
         if adapter.start_A is not None and adapter.start_B is not None:
             keys_of = site_keys(site)
             tensors[keys_of["lora_A"] + START] = adapter.start_A
@@ -112,6 +123,8 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
     names |= {bias_key(resolution, bias): bias for bias in resolution.biases}
     shapes = {key: site_shapes(site)[part] for site in resolution.sites for part, key in site_keys(site).items()}
     found = {key: plain[in_model] for key, in_model in names.items() if in_model in plain}
+    for site in resolution.sites:
+        found |= {k: without_padding(found[k], part, site) for part, k in site_keys(site).items() if k in found}
     return {
         key: value.reshape(shapes[key]) if key in shapes and value.numel() == math.prod(shapes[key]) else value
         for key, value in found.items()
