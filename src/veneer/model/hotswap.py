@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AttachError, ConfigError, MergeError, VeneerWarning, bullet_list
+from veneer.errors import AttachError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on
 from veneer.layers.weights import read
@@ -28,7 +28,6 @@ from veneer.targets import Resolution, Site, resolve
 
 # Fields that say what else lies on the model: two adapters that differ here are not one in the other's place.
 _ALIKE = ("trainable_token_indices", "layer_replication", "ensure_weight_tying", "alora_invocation_tokens")
-_SHOWN = 6
 
 
 @one_at_a_time
@@ -122,7 +121,7 @@ def prepare_model_for_compiled_hotswap(
         if (why := _why_not_padded(adapter, site, rank))
     ]
     if problems:
-        raise AttachError(bullet_list(f"Cannot be padded to target_rank={target_rank}:", _shortened(problems)))
+        raise AttachError(bullet_list(f"Cannot be padded to target_rank={target_rank}:", shortened(problems)))
     padded = [_padded(adapter, rank) for (_, adapter), rank in zip(adapters, wanted, strict=True)]
     for (_, adapter), values in zip(adapters, padded, strict=True):
         _write(adapter, values)
@@ -194,7 +193,7 @@ def _swap(
     ]
     if problems:
         headline = f"Adapter {name!r} cannot be swapped in place; load the new one under a name of its own:"
-        raise AttachError(bullet_list(headline, _shortened(problems)))
+        raise AttachError(bullet_list(headline, shortened(problems)))
     written = {_place(site): _values(adapters[_place(site)], site, tensors) for site in resolution.sites}
     idle = tuple(site for place, site in there.items() if place not in written)
     written |= {_place(site): _silent(part, site, adapters[_place(site)]) for site in idle}
@@ -293,7 +292,3 @@ def _write(adapter: Adapter, values: Mapping[str, Tensor]) -> None:
             else:
                 own.data = value.clone()
                 own.grad = None
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"… and {len(lines) - _SHOWN} more like these"]

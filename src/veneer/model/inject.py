@@ -71,8 +71,8 @@ def _config_from_keys(config: LoraConfig, model: nn.Module, state: Mapping[str, 
         meant = set()
     if meant != found:
         warnings.warn(
-            f"target_modules means {len(meant)} layers and state_dict names {len(found)}, of which {len(meant & found)} "
-            "are the same; those that state_dict names are adapted.",
+            f"target_modules means {len(meant)} layers and state_dict names {len(found)}; {len(meant & found)} are the "
+            "same. Those that state_dict names are adapted.",
             VeneerWarning,
             stacklevel=4,
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from veneer.errors import AdapterFileError, ConfigError, MergeError, VeneerWarning, bullet_list
+from veneer.errors import AdapterFileError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.layers.attach import Adapted, Adapters
 from veneer.layers.saved_module import Copies
 from veneer.model.apply import one_at_a_time
@@ -22,8 +22,6 @@ from veneer.storage.adapter_file import check_integrity, read_tensors, read_weig
 from veneer.storage.hub import adapter_folder
 from veneer.targets import Resolution
 from veneer.targets.structure import embeddings
-
-_SHOWN = 6
 
 
 class LoadResult(NamedTuple):
@@ -62,7 +60,7 @@ def get_peft_model_state_dict(
         tensors = tensors_from_state(part, adapter_name, state_dict)
     if lacking := [key for key in expected_tensors(part, resolution) if key not in tensors]:
         raise AdapterFileError(
-            bullet_list(f"The state dict lacks values of adapter {adapter_name!r}:", _shortened(lacking))
+            bullet_list(f"The state dict lacks values of adapter {adapter_name!r}:", shortened(lacking))
         )
     if save_embedding_layers is True:
         for path in embeddings(part):
@@ -152,17 +150,17 @@ class _Fit:
         no_floats = [key for key in floating if not self.usable[key].is_floating_point()]
         broken = [key for key in floating if key not in no_floats and not self.usable[key].isfinite().all()]
         problems = [
-            *(_shortened([f"missing      {key}" for key in self.missing]) if strict else []),
-            *(_shortened([f"not expected {key}" for key in self.unexpected]) if strict else []),
-            *(_shortened(sizes) if not ignore_sizes else []),
-            *_shortened([f"wrong dtype  {key} is {self.usable[key].dtype}" for key in no_floats]),
-            *_shortened([f"NaN or infinity in {key}" for key in broken]),
+            *(shortened([f"missing      {key}" for key in self.missing]) if strict else []),
+            *(shortened([f"not expected {key}" for key in self.unexpected]) if strict else []),
+            *(shortened(sizes) if not ignore_sizes else []),
+            *shortened([f"wrong dtype  {key} is {self.usable[key].dtype}" for key in no_floats]),
+            *shortened([f"NaN or infinity in {key}" for key in broken]),
         ]
         if problems:
             raise AdapterFileError(bullet_list(f"The state dict does not fit {what}:", problems))
         if sizes:
             headline = "ignore_mismatched_sizes=True: these keep the values they have:"
-            warnings.warn(bullet_list(headline, _shortened(sizes)), VeneerWarning, stacklevel=4)
+            warnings.warn(bullet_list(headline, shortened(sizes)), VeneerWarning, stacklevel=4)
 
 
 def load_peft_weights(
@@ -228,7 +226,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             if key in state_dict and state_dict[key].shape != value.shape
         ]
         problems = [f"missing      {key}" for key in missing] + [f"not expected {key}" for key in unexpected]
-        problems = [*(_shortened(problems) if strict else []), *_shortened(sizes)]
+        problems = [*(shortened(problems) if strict else []), *shortened(sizes)]
         if problems:
             raise AdapterFileError(bullet_list("The state dict does not fit the base model:", problems))
         part.load_state_dict({key: value for key, value in state_dict.items() if key in own}, strict=False)
@@ -246,7 +244,3 @@ def _inside_facade(model: nn.Module) -> bool:
         if isinstance(module, AdapterMethods) or overlay_of(module) is not None:
             return isinstance(module, AdapterMethods)
     return False
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= _SHOWN else [*lines[:_SHOWN], f"… and {len(lines) - _SHOWN} more like these"]
