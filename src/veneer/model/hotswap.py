@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.config import LoraConfig
+from veneer.config.init_names import FROZEN
 from veneer.errors import AttachError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on
@@ -20,6 +21,7 @@ from veneer.layers.weights import read
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
 from veneer.model.overlay import Overlay, adapted_part, adapters_by_site, overlay_needed
+from veneer.model.start import takes_off_its_start
 from veneer.model.state_dict import checked_values
 from veneer.model.tensors import adapter_tensors, site_keys
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
@@ -203,6 +205,8 @@ def _swap(
         adapter = adapters[_place(site)]
         adapter.trained_scale, adapter.dropout = site.scale, site.dropout
         adapter.rescale(site.scale)
+        adapter.requires_grad_(False)  # which of its factors train may differ; `follow_route` lets them
+        adapter.frozen = FROZEN.get(str(config.init_lora_weights), ())
     for site in idle:
         adapters[_place(site)].requires_grad_(False)
     overlay.idle[name] = idle
@@ -239,6 +243,11 @@ def _other_places(
             problems.append(f"{field}: {getattr(before, field)!r} on the model, {getattr(config, field)!r} in the new")
     if name in overlay.bases:
         problems.append("the adapter on the model has replaced weights of the base")
+    if takes_off_its_start(config) or config.init_lora_weights == "loftq":
+        problems.append(
+            f"init_lora_weights={config.init_lora_weights!r}: the new adapter goes with a changed base; load it once "
+            "and save it as a plain LoRA"
+        )
     return problems
 
 

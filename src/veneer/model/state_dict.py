@@ -16,6 +16,7 @@ from veneer.model.files import check_repeats_base
 from veneer.model.merge import base_in_place
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapted_part, overlay_needed, overlay_of
+from veneer.model.start import START
 from veneer.model.tensors import adapter_tensors, copy_tensors, expected_tensors, repeated_keys, tensors_from_state
 from veneer.storage import keys
 from veneer.storage.adapter_file import check_integrity, read_tensors, read_weights_header
@@ -45,6 +46,9 @@ def get_peft_model_state_dict(
                            base has them
     unwrap_compiled        is there for PEFT's callers; a compiled model is always looked into
 
+    Of an adapter that takes its start off the base (PiSSA, say) these are A and B alone, as in PEFT;
+    `save_pretrained` writes what is whole without that start.
+
     The keys of a PeftModel begin with `base_model.model.`, as in files; those of a model adapted in place do not.
     Raises AdapterNameError, or AdapterFileError if `state_dict` lacks some.
     """
@@ -58,6 +62,7 @@ def get_peft_model_state_dict(
         tensors = adapter_tensors(part, adapter_name)
     else:
         tensors = tensors_from_state(part, adapter_name, state_dict)
+    tensors = {key: value for key, value in tensors.items() if not key.endswith(START)}
     if lacking := [key for key in expected_tensors(part, resolution) if key not in tensors]:
         raise AdapterFileError(
             bullet_list(f"The state dict lacks values of adapter {adapter_name!r}:", shortened(lacking))
