@@ -163,6 +163,19 @@ class TestWhatIsRefused:
             veneer.hotswap_adapter(model, tmp_path, "other")
         assert torch.equal(model(X).logits, before)
 
+    def test_an_adapter_that_goes_with_a_changed_base(self, tmp_path):
+        made(tmp_path)
+        pissa = made(init_lora_weights="pissa")
+        with pytest.raises(AttachError, match="the start of the adapter on the model was taken off the base"):
+            veneer.hotswap_adapter(pissa, tmp_path)
+        with pytest.raises(AttachError, match="its start was taken off the base; save and load"):
+            veneer.prepare_model_for_compiled_hotswap(pissa, target_rank=9)
+        model, state = made(), veneer.get_peft_model_state_dict(pissa)
+        with pytest.raises(AttachError, match="init_lora_weights='pissa': the new adapter goes with a changed base"):
+            veneer.hotswap_adapter_from_state_dict(model, state, "default", pissa.peft_config["default"])
+        with pytest.raises(AttachError, match="has replaced weights of the base"):
+            veneer.hotswap_adapter(made(init_lora_weights="loftq"), tmp_path)
+
     def test_merged(self, tmp_path):
         model = made(tmp_path)
         model.merge_adapter()
@@ -249,6 +262,16 @@ def test_swapping_inside_a_rescaled_block_keeps_the_new_scale(tmp_path):
     assert_close(model(X).logits, new(X).logits)
 
 
+def test_which_factors_train_goes_with_the_adapter(tmp_path):
+    made(tmp_path / "mica", init_lora_weights="mica")
+    made(tmp_path / "plain")
+    model = made()
+    veneer.hotswap_adapter(model, tmp_path / "mica")
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A"}
+    veneer.hotswap_adapter(model, tmp_path / "plain")
+    assert {name.split(".")[-1] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
 def test_removing_after_a_swap_leaves_nothing(tmp_path):
     made(tmp_path, target_modules=["v_proj"])
     model = made()
@@ -268,15 +291,14 @@ def test_what_is_idle_does_not_train(tmp_path):
 class TestCompiled:
     """Fifteen swaps between adapters of other ranks, scales and layers; one compilation."""
 
-    @pytest.fixture
-    def folders(self, tmp_path):
+    @pytest.fixture(params=[False, True], ids=["lora", "dora"])
+    def folders(self, tmp_path, request):
         kinds = [OTHERS[name] for name in ("smaller", "larger", "rslora", "patterns", "a layer less")]
         for at, fields in enumerate(kinds):
-            made(tmp_path / str(at), seed=at, **fields)
+            made(tmp_path / str(at), seed=at, use_dora=request.param, **fields)
         return [tmp_path / str(at) for at in range(len(kinds))]
 
-    @pytest.mark.parametrize("in_place", [False, True])
-    @pytest.mark.parametrize("grad", [False, True])
+    @pytest.mark.parametrize(("in_place", "grad"), [(False, False), (True, True)])
     def test_it_does_not_compile_again(self, folders, in_place, grad):
         torch._dynamo.reset()
         graphs = itertools.count()

@@ -62,7 +62,7 @@ class AutoPeftModel:
 
         Raises AdapterFileError, ConfigError or TargetError, and what transformers raises for the base.
         """
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs} | {"revision": revision}
+        hub: dict[str, Any] = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs} | {"revision": revision}
         folder = adapter_folder(pretrained_model_name_or_path, subfolder=subfolder, **hub)
         data = read_config(folder)
         config = config or LoraConfig.from_dict(data, source=str(folder / CONFIG_FILE))

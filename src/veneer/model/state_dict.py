@@ -70,7 +70,8 @@ def get_peft_model_state_dict(
     if save_embedding_layers is True:
         for path in embeddings(part):
             layer: Any = part.get_submodule(path)
-            key = keys.base_weight(path) if isinstance(layer, Adapted) else keys.saved(path, "weight")
+            adapted = isinstance(part.get_submodule(path), Adapted)
+            key = keys.base_weight(path) if adapted else keys.saved(path, "weight")
             tensors.setdefault(key, layer.weight.detach())
     if _inside_facade(model):
         return tensors

@@ -93,7 +93,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """What the adapters of a model do on the whole. Raises AdapterNameError (a ValueError) if it has none."""
     part, layers = adapted_part(model), get_layer_status(model)
+    names = sorted({name for layer in layers for name in layer.available_adapters})
     trainable, total = count_parameters(model)
+    flags = {name: [own for layer in layers if (own := layer.requires_grad.get(name)) is not None] for name in names}
+    trains: dict[str, bool | Irregular] = {name: _flag(mine) for name, mine in flags.items() if mine}
     return TunerModelStatus(
         base_model_type=swap.base_class(part).__name__,
         adapter_model_type="LoraModel" if isinstance(model, AdapterMethods) else "None",
@@ -104,14 +107,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         enabled=_agreed(layer.enabled for layer in layers),
         active_adapters=_agreed(layer.active_adapters for layer in layers),
         merged_adapters=_merged(layers),
-        requires_grad={
-            name: _agreed(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
-            for name in _names(layers)
-        },
-        available_adapters=_names(layers),
+        requires_grad=trains,
+        available_adapters=names,
         devices={
-            name: sorted({device for layer in layers for device in layer.devices.get(name, [])})
-            for name in _names(layers)
+            name: sorted({device for layer in layers for device in layer.devices.get(name, [])}) for name in names
         },
         quantization_backend=_agreed(layer.quantization_backend for layer in layers),
     )
@@ -120,6 +119,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 def _layer_status(part: nn.Module, name: str, module: nn.Module, child: Adapters | Copies) -> TunerLayerStatus:
     route = overlay_needed(part).route
     parameters = {adapter: [*own.parameters()] or [*own.buffers()] for adapter, own in child.items()}
+    trains: dict[str, bool | Irregular] = {
+        adapter: _agreed(p.requires_grad for p in mine) for adapter, mine in parameters.items() if mine
+    }
     return TunerLayerStatus(
         name=name,
         module_type=f"lora.{swap.base_class(module).__name__}"
@@ -128,7 +130,7 @@ def _layer_status(part: nn.Module, name: str, module: nn.Module, child: Adapters
         enabled=route.enabled,
         active_adapters=list(route.active),
         merged_adapters=[adapter for adapter in route.merged if adapter in parameters],
-        requires_grad={adapter: _agreed(p.requires_grad for p in mine) for adapter, mine in parameters.items() if mine},
+        requires_grad=trains,
         available_adapters=sorted(parameters),
         devices={adapter: sorted({p.device.type for p in mine}) for adapter, mine in parameters.items()},
         quantization_backend=_backend(module) if isinstance(child, Adapters) else None,
@@ -152,15 +154,15 @@ def _backend(layer: nn.Module) -> str | None:
     return None if name == "dense" else name
 
 
-def _names(layers: list[TunerLayerStatus]) -> list[str]:
-    return sorted({name for layer in layers for name in layer.available_adapters})
-
-
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
     """The adapters that are merged wherever they are; "irregular" if one is merged in some layers only."""
     merged = {name for layer in layers for name in layer.merged_adapters}
     partly = any(merged & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers)
     return "irregular" if partly else sorted(merged)
+
+
+def _flag(values: list[bool | Irregular]) -> bool | Irregular:
+    return "irregular" if any(value != values[0] for value in values) else values[0]
 
 
 def _agreed(values: Iterable[_Value]) -> _Value | Irregular:
