@@ -1,6 +1,6 @@
 """What the adapters of a model are doing: layer by layer, and on the whole. Fields and words are PEFT's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -120,7 +120,7 @@ def _layer_status(part: nn.Module, name: str, module: nn.Module, child: Adapters
     route = overlay_needed(part).route
     parameters = {adapter: [*own.parameters()] or [*own.buffers()] for adapter, own in child.items()}
     trains: dict[str, bool | Irregular] = {
-        adapter: _agreed(p.requires_grad for p in mine) for adapter, mine in parameters.items() if mine
+        adapter: _flag([p.requires_grad for p in mine]) for adapter, mine in parameters.items() if mine
     }
     return TunerLayerStatus(
         name=name,
@@ -161,8 +161,11 @@ def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
     return "irregular" if partly else sorted(merged)
 
 
-def _flag(values: list[bool | Irregular]) -> bool | Irregular:
-    return "irregular" if any(value != values[0] for value in values) else values[0]
+def _flag(values: Sequence[bool | str]) -> bool | Irregular:
+    """True or False if all are, else "irregular"."""
+    if all(value is True for value in values):
+        return True
+    return False if all(value is False for value in values) else "irregular"
 
 
 def _agreed(values: Iterable[_Value]) -> _Value | Irregular:
