@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 from veneer._version import __version__
 
 _HOMES = {
+    "AutoPeftModel": "veneer.integrations.auto",
+    "AutoPeftModelForCausalLM": "veneer.integrations.auto",
+    "AutoPeftModelForFeatureExtraction": "veneer.integrations.auto",
+    "AutoPeftModelForQuestionAnswering": "veneer.integrations.auto",
+    "AutoPeftModelForSeq2SeqLM": "veneer.integrations.auto",
+    "AutoPeftModelForSequenceClassification": "veneer.integrations.auto",
+    "AutoPeftModelForTokenClassification": "veneer.integrations.auto",
     "CordaConfig": "veneer.config",
     "EvaConfig": "veneer.config",
     "ExtractedLora": "veneer.model.extraction",
@@ -32,13 +39,29 @@ _HOMES = {
     "PeftModelForSequenceClassification": "veneer.model.facade",
     "PeftModelForTokenClassification": "veneer.model.facade",
     "TaskType": "veneer.config",
+    "TunerLayerStatus": "veneer.model.status",
+    "TunerModelStatus": "veneer.model.status",
+    "cast_mixed_precision_params": "veneer.model.precision",
     "convert_to_lora": "veneer.model.conversion",
     "create_lorafa_optimizer": "veneer.optimizers",
     "create_loraplus_optimizer": "veneer.optimizers",
     "extract_lora": "veneer.model.extraction",
+    "get_base_model_state_dict": "veneer.model.state_dict",
+    "get_layer_status": "veneer.model.status",
+    "get_model_status": "veneer.model.status",
     "get_peft_model": "veneer.model.facade",
+    "get_peft_model_state_dict": "veneer.model.state_dict",
+    "hotswap_adapter": "veneer.model.hotswap",
+    "hotswap_adapter_from_state_dict": "veneer.model.hotswap",
+    "inject_adapter_in_model": "veneer.model.inject",
+    "load_peft_weights": "veneer.model.state_dict",
+    "prepare_model_for_compiled_hotswap": "veneer.model.hotswap",
+    "prepare_model_for_kbit_training": "veneer.model.precision",
     "register_kind": "veneer.layers.kinds",
+    "rescale_adapter_scale": "veneer.model.scale",
     "save_as_lora": "veneer.model.conversion",
+    "set_base_model_state_dict": "veneer.model.state_dict",
+    "set_peft_model_state_dict": "veneer.model.state_dict",
 }
 
 if TYPE_CHECKING:
@@ -51,6 +74,15 @@ if TYPE_CHECKING:
         LoraRuntimeConfig,
         PeftConfig,
         TaskType,
+    )
+    from veneer.integrations.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
     )
     from veneer.layers.kinds import Kind, register_kind
     from veneer.model.conversion import convert_to_lora, save_as_lora
@@ -65,10 +97,33 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
+    from veneer.model.hotswap import (
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+    )
+    from veneer.model.inject import inject_adapter_in_model
+    from veneer.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from veneer.model.scale import rescale_adapter_scale
+    from veneer.model.state_dict import (
+        get_base_model_state_dict,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_base_model_state_dict,
+        set_peft_model_state_dict,
+    )
+    from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
     from veneer.model.tuner import LoraModel
     from veneer.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "CordaConfig",
     "EvaConfig",
     "ExtractedLora",
@@ -87,14 +142,30 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "__version__",
+    "cast_mixed_precision_params",
     "convert_to_lora",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "extract_lora",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "prepare_model_for_compiled_hotswap",
+    "prepare_model_for_kbit_training",
     "register_kind",
+    "rescale_adapter_scale",
     "save_as_lora",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
 ]
 
 

@@ -76,3 +76,8 @@ class VeneerWarning(UserWarning):
 def bullet_list(headline: str, problems: Sequence[str]) -> str:
     """A message that names every problem found: a headline and one indented line each."""
     return "\n".join([headline, *(f"  {problem}" for problem in problems)])
+
+
+def shortened(lines: Sequence[str], limit: int = 6) -> list[str]:
+    """The first lines, and how many more there are."""
+    return list(lines) if len(lines) <= limit else [*lines[:limit], f"… and {len(lines) - limit} more like these"]

@@ -41,6 +41,9 @@ REQUIRED_IN_FILES = ("peft_type", "r", "lora_alpha", "target_modules")
 PAST_INITS = ("orthogonal", "eva")
 # Fields that may change on a config in use, because no number depends on them.
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
+# Fields that set how strongly an update acts, and what to do instead of changing them.
+_SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
+_SCALE_BY_NAME = " To use the trained update more or less strongly, call set_scale(adapter_name, factor) on the model."
 
 # Words people carry over from other libraries and papers.
 _ALIASES: Mapping[str, str] = {
@@ -166,6 +169,7 @@ class LoraConfig:
             raise ConfigError(
                 f"{name} cannot be changed to {value!r}: this config describes an adapter that exists, and its weights "
                 f"go with {name}={getattr(self, name, None)!r}. Make a new LoraConfig for a new adapter."
+                f"{_SCALE_BY_NAME if name in _SCALING else ''}"
             )
         object.__setattr__(self, name, tidied(name, value))
 

@@ -4,16 +4,27 @@ A rule is a pair of twins: `forward` on activations, `merged` on the weight. One
 Shapes: I in, O out, R rank; `...` any leading dimensions. A and B have the shapes that their kind gives them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import ArgumentError
 from veneer.functional import dora
 from veneer.init import Factors
 from veneer.layers.kinds import Kind, Layer, Number
 from veneer.layers.weights import read
+
+
+def checked_factor(value: float) -> float:
+    """The value if it is a finite number. Raises ArgumentError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentError(f"A scale is multiplied by a number, not by {value!r} ({type(value).__name__}).")
+    if not math.isfinite(value):
+        raise ArgumentError(f"A scale cannot be multiplied by {value}.")
+    return float(value)
 
 
 class Adapter(nn.Module):
@@ -78,6 +89,17 @@ class Adapter(nn.Module):
             x = x.to(self.lora_A.dtype)
         p = self.dropout if self.training else 0.0
         return RULES[self.rule].forward(self, x, y, layer, p).to(y.dtype)
+
+    def rescale(self, scale: float) -> None:
+        """Use this factor from now on. A scale that is a tensor stays the same one, which compiled code reads."""
+        if isinstance(self.scale, Tensor):
+            self.scale.fill_(scale)
+        else:
+            self.scale = scale
+
+    def is_rescaled(self) -> bool:
+        """Whether the factor in use is another than the one A and B were trained with."""
+        return not math.isclose(float(self.scale), self.trained_scale, rel_tol=1e-6)
 
     def delta(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The update as a weight of this shape, computed in this dtype."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from veneer.errors import ArgumentError, MergeError
 from veneer.layers import swap
-from veneer.layers.adapter import Adapter
+from veneer.layers.adapter import Adapter, checked_factor
 from veneer.layers.by_rows import serve_rows
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Part, Route
@@ -47,6 +48,37 @@ class Adapted(swap.Front):
         for name, part in steps:
             y = self._add(self.adapters[name], part, x, y)
         return y
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale an adapter's update by `scale` times its trained factor; nothing if the layer has no such adapter.
+
+        Raises ArgumentError, or MergeError while an adapter is merged, as do the two below.
+        """
+        factor = self._checked(scale)
+        if adapter in self.adapters:
+            self.adapters[adapter].rescale(factor * self.adapters[adapter].trained_scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factors of the active adapters by `scale`."""
+        factor = self._checked(scale)
+        for adapter in self._active():
+            adapter.rescale(float(adapter.scale) * factor)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factors of the active adapters by `scale`; None gives them the trained ones back."""
+        factor = self._checked(1.0 if scale is None else scale)
+        if factor == 0:
+            raise ArgumentError("A scale cannot be divided by 0.")
+        for adapter in self._active():
+            adapter.rescale(adapter.trained_scale if scale is None else float(adapter.scale) / factor)
+
+    def _active(self) -> list[Adapter]:
+        return [self.adapters[name] for name in self._veneer_route.active if name in self.adapters]
+
+    def _checked(self, scale: float) -> float:
+        if self._veneer_route.merged:
+            raise MergeError("The scale is part of the merged weights: call unmerge_adapter() first.")
+        return checked_factor(scale)
 
     def _add(self, adapter: Adapter, part: Part | None, x: Tensor, y: Tensor) -> Tensor:
         if part is None:

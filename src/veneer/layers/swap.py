@@ -3,7 +3,7 @@
 `front` is what is placed there, `base` what the module was: `class LoraLinear(Adapted, Linear)`.
 """
 
-from functools import cache
+from threading import Lock
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -32,11 +32,18 @@ class Front(nn.Module):
         return _rebuild, (front, base_class(self)), self.__dict__
 
 
-@cache
+_MADE: dict[tuple[type[Front], type[nn.Module]], type[nn.Module]] = {}
+_MAKING = Lock()
+
+
 def made_class(front: type[Front], base: type[nn.Module]) -> type[nn.Module]:
-    """`class <word><Base>(front, Base)`, the same object each time."""
-    members = {"__module__": base.__module__, "__doc__": base.__doc__, "_veneer_front": front}
-    return type(f"{front.word}{base.__name__}", (front, base), members)
+    """`class <word><Base>(front, Base)`, the same object each time, in every thread."""
+    with _MAKING:
+        made = _MADE.get((front, base))
+        if made is None:
+            members = {"__module__": base.__module__, "__doc__": base.__doc__, "_veneer_front": front}
+            made = _MADE[front, base] = type(f"{front.word}{base.__name__}", (front, base), members)
+        return made
 
 
 def _rebuild(front: type[Front], base: type[nn.Module]) -> nn.Module:

@@ -1,7 +1,13 @@
-"""Attach and detach adapters, and choose which act. Plan, then act: nothing changes if anything is wrong."""
+"""Attach and detach adapters, and choose which act. Plan, then act: nothing changes if anything is wrong.
 
-from collections.abc import Iterable, Iterator, Mapping
+Threads may do so at once, for one model or several: what looks at a model and then changes it is `one_at_a_time`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from threading import RLock
+from typing import ParamSpec, TypeVar
 
 from torch import Generator, Tensor, nn
 
@@ -27,7 +33,24 @@ from veneer.model.statistics import forget_statistics, kept_statistics
 from veneer.model.tensors import copy_tensors
 from veneer.targets import Resolution
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+# One lock for all models: hung on a model, it would have to be copied and pickled with it.
+_CHANGING = RLock()
 
+
+def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let one thread at a time run the functions decorated so; they may call each other."""
+
+    @wraps(function)
+    def alone(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _CHANGING:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@one_at_a_time
 def add_adapter(
     model: nn.Module,
     name: str,
@@ -45,6 +68,7 @@ def add_adapter(
     carry_out(model, plan(model, name, config), float32=float32, generator=generator)
 
 
+@one_at_a_time
 def carry_out(
     model: nn.Module,
     todo: Plan,
@@ -125,6 +149,7 @@ def _made(
     return [*made, *(tied_adapter(site, adapters[str(site.tied_to)]) for site in tied)]
 
 
+@one_at_a_time
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Take an adapter off the model. With the last one nothing of Veneer is left on it, and the base is as it was."""
     overlay = overlay_needed(model)
@@ -135,6 +160,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         if name in stand_ins:
             stand_ins.pop(name).act(model, False, trainable=False)
     _take_off(model, name, overlay.resolutions[name])
+    for site in overlay.idle.pop(name, ()):
+        attach.detach(model.get_submodule(site.path), name)
     for table in (overlay.configs, overlay.resolutions, overlay.trainable):
         table.pop(name)
     follow_invocations(model, overlay)
@@ -157,6 +184,7 @@ def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
             token_rows.drop_rows(model.get_submodule(path), name)
 
 
+@one_at_a_time
 def activate(model: nn.Module, names: Iterable[str]) -> None:
     """Let these adapters act, in this order, and only them train. Raises AdapterNameError for an unknown name."""
     overlay, names = overlay_needed(model), tuple(names)
@@ -165,6 +193,7 @@ def activate(model: nn.Module, names: Iterable[str]) -> None:
     follow_route(model, overlay)
 
 
+@one_at_a_time
 def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Let the chosen adapters act, or none; merged weights stay (see `merge.disable`)."""
     overlay = overlay_needed(model)

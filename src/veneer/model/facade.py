@@ -15,6 +15,7 @@ from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import overlay_needed, overlay_of
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.report import count_parameters, trainable_line
+from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.model.tuner import LoraModel
 from veneer.storage.hub import adapter_folder
 
@@ -183,6 +184,14 @@ class PeftModel(AdapterMethods):
         load_adapter(
             self.get_base_model(), adapter_name, folder, trainable=is_trainable, float32=autocast_adapter_dtype
         )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What each adapted module does. Raises AdapterNameError without an adapter."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """What the adapters do on the whole. Raises AdapterNameError without an adapter."""
+        return get_model_status(self)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers in the parameters."""

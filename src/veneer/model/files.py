@@ -1,8 +1,10 @@
 """Between a model and an adapter folder: save one, load one; everything is checked before anything changes."""
 
 import json
+import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,10 +12,10 @@ from torch import Tensor, nn
 
 from veneer._version import __version__
 from veneer.config import LoraConfig
-from veneer.errors import AdapterFileError, bullet_list
+from veneer.errors import AdapterFileError, VeneerWarning, bullet_list
 from veneer.layers.replication import replicated
-from veneer.model.apply import carry_out
-from veneer.model.overlay import overlay_needed
+from veneer.model.apply import carry_out, one_at_a_time
+from veneer.model.overlay import adapters_by_site, overlay_needed
 from veneer.model.plan import plan
 from veneer.model.start import (
     START,
@@ -44,7 +46,7 @@ from veneer.storage.adapter_file import (
     write_adapter,
 )
 from veneer.storage.header import Header
-from veneer.targets import Resolution
+from veneer.targets import Resolution, resolve
 
 # What the numbers of an adapter go with. The weights file carries these too, so that an edited or exchanged
 # adapter_config.json is noticed.
@@ -78,6 +80,13 @@ def save_adapter(
         )
     config = overlay.configs[name]
     config.check_unedited()
+    if any(adapter.is_rescaled() for _, adapter in adapters_by_site(model, name)):
+        warnings.warn(
+            f"Adapter {name!r} is rescaled just now, and that is not saved: the file describes the scale it was "
+            f"trained with. Call set_scale({name!r}, factor) again after loading.",
+            VeneerWarning,
+            stacklevel=3,
+        )
     kept = {key: value for key, value in tensors.items() if key.removesuffix(START) in expected}
     if takes_off_its_start(config) and plain:
         config, kept = doubled(config), joined(kept)
@@ -93,6 +102,7 @@ def write_values(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
     write_adapter(folder, config.changed(inference_mode=True).to_json(), tensors, metadata=notes)
 
 
+@one_at_a_time
 def load_adapter(
     model: nn.Module,
     name: str,
@@ -140,6 +150,18 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
     return split(_checked_tensors(model, folder, resolution, header, halves), halves)
 
 
+def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[Resolution, dict[str, Tensor]]:
+    """What the adapter in a folder means for this model, and its values, fully checked; attaches nothing.
+
+    Raises TargetError or AdapterFileError.
+    """
+    header = read_weights_header(folder)
+    _check_config_belongs(folder, config, header)
+    _check_rank(folder, config, header)
+    resolution = resolve(model, config, strict=False)
+    return resolution, _checked_tensors(model, folder, resolution, header)
+
+
 def _checked_tensors(
     model: nn.Module, folder: Path, resolution: Resolution, header: Header, halves: Set[str] = frozenset()
 ) -> dict[str, Tensor]:
@@ -149,7 +171,7 @@ def _checked_tensors(
     check_header(folder, header, expected, repeated)
     tensors = read_tensors(folder, header.tensors)
     check_integrity(folder, header, tensors)
-    _check_repeats_base(model, folder, tensors, repeated, replaced_rows(resolution))
+    check_repeats_base(model, str(Path(folder) / WEIGHTS_FILE), tensors, repeated, replaced_rows(resolution))
     _check_tied(folder, tensors, resolution)
     return {key: tensors[key] for key in expected}
 
@@ -176,9 +198,15 @@ def _check_config_belongs(folder: Path, config: LoraConfig, header: Header) -> N
     if differing:
         raise AdapterFileError(
             bullet_list(
-                f"{folder}: the weights were trained with other settings than the config says. Changing a setting "
-                "afterwards changes what the adapter computes (twice the lora_alpha, twice the influence):",
-                differing,
+                f"{folder}: the weights were trained with other settings than the config says:",
+                [
+                    *differing,
+                    "A and B were trained for one factor of their product (lora_alpha / r). With twice the lora_alpha "
+                    "the update has twice the influence it was trained to have: outputs change at once, and further "
+                    "training starts from a jump in the loss that can make it unstable.",
+                    "Put the recorded setting back. To use an update more or less strongly on purpose, load it as it "
+                    "is and call set_scale(adapter_name, factor); for another lora_alpha train a new adapter.",
+                ],
             )
         )
 
@@ -193,12 +221,12 @@ def _check_rank(folder: Path, config: LoraConfig, header: Header) -> None:
         )
 
 
-def _check_repeats_base(
+def check_repeats_base(
     model: nn.Module,
-    folder: Path,
+    source: str,
     tensors: Mapping[str, Tensor],
     repeated: Mapping[str, str | None],
-    replaced: Mapping[str, tuple[int, ...]],
+    replaced: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> None:
     """Base weights in an adapter file must be this base's: PEFT adds them for embeddings and output heads.
 
@@ -214,7 +242,7 @@ def _check_repeats_base(
             )
         if own.shape != given.shape or not torch.equal(own.detach().cpu(), given.to(own.dtype)):
             raise AdapterFileError(
-                f"{Path(folder) / WEIGHTS_FILE} brings its own {parameter_name} {list(given.shape)}, which differs "
+                f"{source} brings its own {parameter_name} {list(given.shape)}, which differs "
                 f"from this model's {list(own.shape)}: it was trained over a base with other or resized embeddings."
             )
 

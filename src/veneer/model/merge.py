@@ -15,11 +15,12 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.replication import replication_of
 from veneer.layers.weights import is_offloaded, read, stored
-from veneer.model.apply import place_stand_ins, remove_adapter, set_enabled
+from veneer.model.apply import one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
 
+@one_at_a_time
 def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Fold adapters (the active ones, unless named) into the weights until `unmerge`; returns their names.
 
@@ -41,6 +42,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     return names
 
 
+@one_at_a_time
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit. Raises MergeError if nothing is merged."""
     overlay = overlay_needed(model)
@@ -57,6 +59,7 @@ def unmerge(model: nn.Module) -> None:
     place_stand_ins(model, overlay)
 
 
+@one_at_a_time
 def disable(model: nn.Module) -> None:
     """Let the model be the base model: what is merged is taken out, and no adapter acts until it is enabled again."""
     if overlay_needed(model).route.merged:
@@ -85,6 +88,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
                 merge(model, merged)
 
 
+@one_at_a_time
 def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
     """Fold adapters into the weights for good and take every adapter off; returns the same model.
 
@@ -123,6 +127,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     return model
 
 
+@one_at_a_time
 def remove_all(model: nn.Module) -> nn.Module:
     """Take every adapter off without merging; returns the same model, as it was before the first one, still frozen."""
     overlay = overlay_needed(model)

@@ -16,6 +16,7 @@ from veneer.model.apply import activate, add_adapter, follow_route, protect_chec
 from veneer.model.batch import serving
 from veneer.model.overlay import Overlay, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
+from veneer.model.scale import set_scale
 from veneer.model.weighted import add_weighted_adapter
 
 
@@ -121,6 +122,13 @@ class AdapterMethods(nn.Module):
         if inference_mode:
             self.set_requires_grad(names, False)
         activate(self.bare, names)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Let an adapter act `scale` times as strongly as it was trained to (alpha / r); 1 restores it. Not saved.
+
+        Raises AdapterNameError, ArgumentError, or MergeError while adapters are merged.
+        """
+        set_scale(self.bare, adapter_name, scale)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters train while they are active. Raises AdapterNameError.

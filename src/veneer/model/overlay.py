@@ -27,6 +27,7 @@ class Overlay:
     bases      the base weights an adapter has replaced, as LoftQ does
     trainable  whether the adapter may get gradients; False for one that was loaded for use
     not_by_rows  why an adapter cannot serve rows of a batch, as found for a resolution
+    idle       sites an adapter has and does not use since one with fewer layers was swapped in: zero there
     originals  while adapters are merged: the base's parameters by (path, name), to be put back as they were
     """
 
@@ -37,6 +38,7 @@ class Overlay:
     bases: dict[str, StandIns] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     not_by_rows: dict[str, tuple[Resolution, tuple[str, ...]]] = field(default_factory=dict)
+    idle: dict[str, tuple[Site, ...]] = field(default_factory=dict)
     originals: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
 
     def check_names(self, names: Iterable[str]) -> None:
@@ -62,6 +64,20 @@ def overlay_needed(model: nn.Module) -> Overlay:
     if overlay is None:
         raise AdapterNameError("The model has no adapter (was it merged or unloaded?).")
     return overlay
+
+
+def adapted_part(model: nn.Module) -> nn.Module:
+    """The module that carries adapters: the model, what a PeftModel or a compiled model holds, or a part of it.
+
+    Raises AdapterNameError if there is none, or more than one.
+    """
+    carriers = (module for module in model.modules() if overlay_of(module) is not None)
+    part = next(carriers, None)
+    if part is None:
+        raise AdapterNameError(f"{type(model).__name__} has no adapter.")
+    if next(carriers, None) is not None:
+        raise AdapterNameError(f"Several parts of {type(model).__name__} have adapters of their own: pass one of them.")
+    return part
 
 
 def overlay_made_for(model: nn.Module) -> Overlay:

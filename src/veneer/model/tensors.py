@@ -37,6 +37,16 @@ def site_shapes(site: Site) -> dict[str, tuple[int, ...]]:
     return {"lora_A": shape_A, "lora_B": shape_B, "lora_bias": site.shape[:1], "lora_magnitude": site.magnitude}
 
 
+def without_padding(value: Tensor, part: str, site: Site) -> Tensor:
+    """A view of what of A or B belongs to the adapter's own rank: `prepare_model_for_compiled_hotswap` adds zeros."""
+    shape = site_shapes(site)[part]
+    if part == "lora_A" and value.dim() == len(shape) and value.shape[0] > shape[0]:
+        return value[: shape[0]]
+    if part == "lora_B" and value.dim() == len(shape) and value.shape[1] > shape[1]:
+        return value[:, : shape[1]]
+    return value
+
+
 def bias_key(resolution: Resolution, name: str) -> str:
     """The name of a trained bias, given its parameter's name in the model."""
     path = name.rpartition(".")[0]
@@ -108,8 +118,10 @@ def _transposed(value: Tensor) -> Tensor:
 
 
 def _on_disk(site: Site, part: str, value: Tensor) -> Tensor:
-    """A parameter of the adapter on a site, in the shape that a file has it in."""
-    return value.T if site.kind is TIED_HEAD else value.view(site_shapes(site)[part])
+    """A parameter of the adapter on a site, without padding, in the shape that a file has it in."""
+    value = without_padding(value.T if site.kind is TIED_HEAD else value, part, site)
+    shape = site_shapes(site)[part]
+    return value if value.shape == shape else value.view(shape)
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -159,6 +171,8 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
     for key, source, seen in tied_keys(resolution):
         if source in found:
             found[key] = seen(found[source])
+    for site in resolution.sites:
+        found |= {k: without_padding(found[k], part, site) for part, k in site_keys(site).items() if k in found}
     return {
         key: value.reshape(shapes[key]) if key in shapes and value.numel() == math.prod(shapes[key]) else value
         for key, value in found.items()

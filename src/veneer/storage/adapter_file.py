@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import AdapterFileError, bullet_list
+from veneer.errors import AdapterFileError, bullet_list, shortened
 from veneer.storage.header import Header, read_header
 from veneer.storage.write import write_folder
 
@@ -99,7 +99,7 @@ def check_header(folder: Path, header: Header, expected: Mapping[str, Expected],
             wrong.append(f"wrong shape  {name} {list(info.shape)}, the model needs {list(needed.shape)}")
         if info is not None and needed.floating and info.dtype not in FLOATS:
             wrong.append(f"wrong dtype  {name} is {info.dtype}; adapters are floating point ({', '.join(FLOATS)})")
-    problems = [line for kind in (missing, extra, wrong) for line in _shortened(kind)]
+    problems = [line for kind in (missing, extra, wrong) for line in shortened(kind)]
     if problems:
         raise AdapterFileError(bullet_list(f"{file} does not fit this model and {CONFIG_FILE}:", problems))
 
@@ -117,7 +117,7 @@ def read_tensors(folder: Path, names: Iterable[str], *, device: str = "cpu") -> 
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterFileError(
-            bullet_list(f"{file} holds NaN or infinity, so it was broken before it was saved:", _shortened(broken))
+            bullet_list(f"{file} holds NaN or infinity, so it was broken before it was saved:", shortened(broken))
         )
     return tensors
 
@@ -159,7 +159,7 @@ def write_adapter(
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterFileError(
-            bullet_list(f"Not saved to {folder}: these tensors hold NaN or infinity:", _shortened(broken))
+            bullet_list(f"Not saved to {folder}: these tensors hold NaN or infinity:", shortened(broken))
         )
     plain = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     notes = {"format": "pt", "sha256": checksum(plain), **(metadata or {})}
@@ -212,7 +212,3 @@ def _what_is_there(folder: Path) -> str:
         return ": the folder does not exist."
     names = sorted(entry.name for entry in folder.iterdir())[:6]
     return f"; it holds {', '.join(names)}." if names else "; it is empty."
-
-
-def _shortened(lines: list[str], limit: int = 6) -> list[str]:
-    return lines if len(lines) <= limit else [*lines[:limit], f"… and {len(lines) - limit} more like these"]

@@ -43,3 +43,19 @@ def _download(repository: str, subfolder: str | None, weights: bool, hub: dict[s
             f"There is no folder {repository}, and it could not be downloaded from the hub: {reason}"
         ) from None
     return Path(config).parent
+
+
+def holds(location: str | Path, name: str, *, subfolder: str | None = None, **hub: Any) -> bool:
+    """Whether a file of this name lies in the folder, or in the repository on the hub."""
+    if Path(location).exists():
+        return (Path(location) / (subfolder or "") / name).is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(
+            str(location), name, subfolder=subfolder, **{key: value for key, value in hub.items() if value is not None}
+        )
+    except EntryNotFoundError:
+        return False
+    return True

@@ -1,0 +1,134 @@
+"""What a model says about its adapters, against what PEFT says."""
+
+import copy
+from dataclasses import asdict, fields
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import tiny
+import veneer
+from parity.oracle import made_by_peft, quietly
+from veneer.errors import AdapterNameError
+
+FIRST = {"r": 2, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+SECOND = {"r": 2, "target_modules": ["v_proj", "up_proj"]}
+
+
+def pair(base: nn.Module, **fields) -> tuple[veneer.PeftModel, peft.PeftModel]:
+    """The same two adapters, ours and PEFT's."""
+    theirs = made_by_peft(base, **{**FIRST, **fields})
+    quietly(theirs.add_adapter, "second", peft.LoraConfig(**SECOND))
+    ours = veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(**{**FIRST, **fields}))
+    ours.add_adapter("second", veneer.LoraConfig(**SECOND))
+    return ours, theirs
+
+
+def same_layers(ours: nn.Module, theirs: nn.Module) -> bool:
+    return list(map(asdict, veneer.get_layer_status(ours))) == list(map(asdict, peft.get_layer_status(theirs)))
+
+
+def test_the_fields_are_pefts():
+    for name in ("TunerLayerStatus", "TunerModelStatus"):
+        theirs = [f.name for f in fields(getattr(peft.peft_model, name))]
+        assert [f.name for f in fields(getattr(veneer, name))] == theirs
+
+
+def test_a_peft_model():
+    ours, theirs = pair(tiny.llama())
+    assert same_layers(ours, theirs)
+    assert asdict(ours.get_model_status()) == asdict(theirs.get_model_status())
+    assert ours.get_layer_status() == veneer.get_layer_status(ours)
+
+
+def test_switching_shows():
+    ours, theirs = pair(tiny.llama(), modules_to_save=None)
+    for model in (ours, theirs):
+        model.set_adapter("second")
+    assert same_layers(ours, theirs)
+    assert asdict(ours.get_model_status()) == asdict(theirs.get_model_status())
+
+
+def test_disabling_shows():
+    ours, theirs = pair(tiny.llama())
+    with ours.disable_adapter(), theirs.disable_adapter():
+        assert [layer.enabled for layer in ours.get_layer_status()] == [False] * 7
+        assert [layer.enabled for layer in theirs.get_layer_status()] == [False] * 7
+        assert ours.get_model_status().enabled is False
+    assert ours.get_model_status().enabled is True
+
+
+def test_merging_shows():
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    theirs = made_by_peft(tiny.llama(), **config)
+    ours = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**config))
+    for model in (ours, theirs):
+        model.merge_adapter()
+    assert same_layers(ours, theirs)
+    assert ours.get_model_status().merged_adapters == ["default"]
+
+
+def test_saved_modules_are_not_irregular():
+    """In PEFT they do not know about merging, nor which adapter is active if it has no copy of them."""
+    ours, theirs = pair(tiny.llama())
+    ours.merge_adapter()
+    theirs.merge_adapter()
+    assert ours.get_model_status().merged_adapters == ["default"]
+    assert theirs.get_model_status().merged_adapters == "irregular"
+    for model in (ours, theirs):
+        quietly(model.unmerge_adapter)
+        model.set_adapter("second")
+    assert ours.get_model_status().active_adapters == ["second"]
+    assert theirs.get_model_status().active_adapters == "irregular"
+
+
+def test_a_lora_model():
+    ours, theirs = pair(tiny.llama())
+    assert same_layers(ours.base_model, theirs.base_model)
+    assert veneer.get_model_status(ours.base_model) == ours.get_model_status()
+
+
+def test_a_model_adapted_in_place():
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**config), tiny.llama())
+    ours = veneer.inject_adapter_in_model(veneer.LoraConfig(**config), tiny.llama())
+    assert same_layers(ours, theirs)
+    mine, other = veneer.get_model_status(ours), peft.get_model_status(theirs)
+    assert mine.peft_types == {"default": "LORA"}
+    assert other.peft_types == {}
+    assert {**asdict(mine), "peft_types": {}} == asdict(other)
+
+
+def test_a_part_of_a_model():
+    whole = nn.ModuleDict({"head": nn.Linear(2, 2), "inner": tiny.Stack()})
+    veneer.inject_adapter_in_model(veneer.LoraConfig(target_modules=["first"]), whole["inner"])
+    assert [layer.name for layer in veneer.get_layer_status(whole)] == ["inner.first"]
+    other = nn.ModuleList([whole["inner"], copy.deepcopy(whole["inner"])])
+    with pytest.raises(AdapterNameError, match="Several parts of ModuleList"):
+        veneer.get_layer_status(other)
+
+
+def test_a_compiled_model():
+    model = veneer.get_peft_model(tiny.Stack(), veneer.LoraConfig(target_modules=["first"]))
+    assert veneer.get_model_status(torch.compile(model, backend="eager")).num_adapter_layers == 1
+
+
+def test_irregular_gradients():
+    ours, theirs = pair(tiny.llama())
+    ours.bare.model.layers[0].self_attn.q_proj.adapters["default"].lora_A.requires_grad_(False)
+    theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].requires_grad_(False)
+    assert same_layers(ours, theirs)
+    assert ours.get_model_status().requires_grad == {"default": "irregular", "second": False}
+    assert asdict(ours.get_model_status()) == asdict(theirs.get_model_status())
+
+
+@pytest.mark.parametrize("status", [veneer.get_layer_status, veneer.get_model_status])
+def test_without_an_adapter(status):
+    with pytest.raises(ValueError, match="Stack has no adapter"):
+        status(tiny.Stack())
+    model = veneer.get_peft_model(tiny.Stack(), veneer.LoraConfig(target_modules=["first"]))
+    model.unload()
+    with pytest.raises(AdapterNameError, match="no adapter"):
+        status(model)
