@@ -234,6 +234,7 @@ def test_an_update_too_large_for_the_base():
         model.merge_and_unload()
 
 
+@pytest.mark.filterwarnings("ignore:.*share one weight")
 def test_a_tied_head_is_merged_once():
     model = adapted(tiny.llama(tied=True), target_modules=["q_proj", "lm_head"])
     expected = answer(model)
