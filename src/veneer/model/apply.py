@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import MergeError
-from veneer.layers import attach, saved_module
+from veneer.layers import attach, by_weight, fused, saved_module
 from veneer.layers.route import RoutedCheckpoint
 from veneer.layers.stand_in import StandIns
 from veneer.model.invocation import follow_invocations
@@ -62,9 +62,14 @@ def carry_out(
     first = not overlay.configs
     try:
         for one in made:
-            attach.attach(model.get_submodule(one.site.path), name, one.adapter, overlay.route)
+            layer = model.get_submodule(one.site.path)
+            if one.site.by_weight:
+                by_weight.attach(layer, name, one.adapter, overlay.route, one.site.parameter)
+            else:
+                attach.attach(layer, name, one.adapter, overlay.route)
         for path in todo.resolution.saved:
             saved_module.keep_copy(model.get_submodule(path), name, overlay.route)
+        fused.follow_adapters(model)
     except BaseException:
         _take_off(model, name, todo.resolution)
         raise
@@ -127,6 +132,7 @@ def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
         attach.detach(model.get_submodule(site.path), name)
     for path in resolution.saved:
         saved_module.drop_copy(model.get_submodule(path), name)
+    fused.follow_adapters(model)
 
 
 def activate(model: nn.Module, names: Iterable[str]) -> None:

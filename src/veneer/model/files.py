@@ -23,7 +23,14 @@ from veneer.model.start import (
     split,
     takes_off_its_start,
 )
-from veneer.model.tensors import adapter_tensors, expected_tensors, repeated_keys, site_keys, tensors_from_state
+from veneer.model.tensors import (
+    adapter_tensors,
+    expected_tensors,
+    repeated_keys,
+    site_keys,
+    stack_sizes,
+    tensors_from_state,
+)
 from veneer.storage.adapter_file import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -71,7 +78,7 @@ def save_adapter(
     config.check_unedited()
     kept = {key: value for key, value in tensors.items() if key.removesuffix(START) in expected}
     if takes_off_its_start(config) and plain:
-        config, kept = doubled(config), joined(kept)
+        config, kept = doubled(config), joined(kept, stack_sizes(overlay.resolutions[name]))
     elif takes_off_its_start(config):
         check_start_can_be_redone(config, f"Not saved to {folder}")
         kept = {key: kept[key] for key in expected}
@@ -127,7 +134,7 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
         return _checked_tensors(model, folder, resolution, header)
     _check_config_belongs(folder, doubled(config), header)
     halves = {site_keys(site)[part] for site in resolution.sites for part in ("lora_A", "lora_B")}
-    return split(_checked_tensors(model, folder, resolution, header, halves), halves)
+    return split(_checked_tensors(model, folder, resolution, header, halves), halves, stack_sizes(resolution))
 
 
 def _checked_tensors(
@@ -175,7 +182,7 @@ def _check_config_belongs(folder: Path, config: LoraConfig, header: Header) -> N
 def _check_rank(folder: Path, config: LoraConfig, header: Header) -> None:
     """Say in one line that every rank differs, instead of listing every tensor."""
     ranks = {info.shape[0] for key, info in header.tensors.items() if key.endswith("lora_A.weight") and info.shape}
-    if not config.rank_pattern and len(ranks) == 1 and ranks != {config.r}:
+    if not config.rank_pattern and not config.target_parameters and len(ranks) == 1 and ranks != {config.r}:
         raise AdapterFileError(
             f"{folder}: {CONFIG_FILE} says r={config.r}, {WEIGHTS_FILE} holds rank {ranks.pop()}. They belong to two "
             "different adapters."

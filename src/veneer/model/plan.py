@@ -9,11 +9,13 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, AttachError, ConfigError, MergeError, bullet_list
 from veneer.layers import attach, saved_module
 from veneer.layers.attach import Adapted
+from veneer.layers.by_weight import ByWeight
 from veneer.layers.kinds import Layer
 from veneer.layers.route import BASE
 from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import check_forward
 from veneer.layers.weights import is_offloaded, read
+from veneer.layers.weights.dense import DENSE
 from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
 from veneer.targets import Resolution, Site, resolve
@@ -77,7 +79,6 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
 
 def _refuse_unbuilt(config: LoraConfig) -> None:
     unbuilt = (
-        "target_parameters",
         "trainable_token_indices",
         "layer_replication",
         "ensure_weight_tying",
@@ -126,6 +127,13 @@ def _why_not_adapted(layer: Layer, site: Site, config: LoraConfig) -> list[str]:
     problems = []
     if is_saved(layer):
         problems.append(f"target_modules: another adapter trains {site.path} in full")
+    if isinstance(layer, Adapted) and isinstance(layer, ByWeight) != site.by_weight:
+        other = "output" if site.by_weight else "weight"
+        problems.append(
+            f"another adapter adapts {site.path} by its {other}; name it in the same field as that one does"
+        )
+    if site.by_weight and not DENSE.holds(layer, site.parameter):
+        problems.append(f"{site.name} is quantised or computed from others, so no adapter can be added to it yet")
     if not isinstance(layer, Adapted) and hasattr(layer, attach.CHILD):
         problems.append(f"target_modules: {site.path} has an attribute {attach.CHILD!r} of its own")
     if site.bias and not site.kind.bias:
