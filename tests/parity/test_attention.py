@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import tiny
 import veneer
 from parity import oracle
+from veneer.errors import VeneerError
 from veneer.layers.attach import adapter_on
 from veneer.model.tensors import adapter_tensors
 
@@ -240,3 +241,16 @@ def test_a_copy_of_an_adapted_tower_stands_alone():
     for parameter in twin.get_base_model().blocks[0]["attn"].adapters.parameters():
         parameter.data.zero_()
     assert not torch.allclose(twin(inputs()), model(inputs()), atol=1e-3)
+
+
+def test_rows_invocations_and_combinations_are_refused_before_anything_runs():
+    model = adapted(Tower(), target_modules=["attn"])
+    model.add_adapter("other", veneer.LoraConfig(**{**FIELDS, "target_modules": ["attn"]}))
+    with pytest.raises(VeneerError, match=r"in_proj_weight, which is read as one weight for all rows"):
+        model(inputs(), adapter_names=["default", "other", "default"])
+    with pytest.raises(VeneerError, match=r"attn\.out_proj, which is read"):
+        model(inputs(), adapter_names=["default", "other", "default"])
+    with pytest.raises(VeneerError, match="alora_invocation_tokens"):
+        adapted(Tower(), alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
+    with pytest.raises(VeneerError, match="in_proj_weight"):
+        model.add_weighted_adapter(["default", "other"], [1, 1], "sum", combination_type="linear")

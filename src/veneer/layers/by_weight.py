@@ -44,6 +44,7 @@ class ByWeight(Adapted):
     reads  names of child modules whose weights this module reads without calling them
     """
 
+    by_rows = False
     reads: tuple[str, ...] = ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

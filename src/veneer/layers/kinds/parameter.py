@@ -89,6 +89,7 @@ def parameter_kind(stack: Stack) -> Kind:
         to_matrix=stack.to_matrix,
         from_matrix=stack.from_matrix,
         delta=stack.delta,
+        linear=False,
         bias=False,
         stack=stack,
     )
