@@ -52,7 +52,7 @@ def _show(console, name: str, found: "Preview", rank: int) -> None:
 
     groups: dict[str, list] = defaultdict(list)
     for site in found.sites:
-        groups[site.path.rpartition(".")[2]].append(site)
+        groups[site.name.rpartition(".")[2]].append(site)
     table = Table(title=f"{name}, rank {rank}", title_justify="left")
     for column in ("name", "layers", "kind", "out x in", "trained"):
         table.add_column(column, justify="left" if column in ("name", "kind") else "right")
@@ -66,7 +66,8 @@ def _show(console, name: str, found: "Preview", rank: int) -> None:
             f"{sum(site.parameters for site in sites):,}",
         )
     console.print(table)
-    others = [f"{leaf} ({count})" for leaf, count in found.linear_layers.items() if leaf not in groups]
+    adapted = {site.path.rpartition(".")[2] for site in found.sites}
+    others = [f"{leaf} ({count})" for leaf, count in found.linear_layers.items() if leaf not in adapted]
     if others:
         console.print(f"Not targeted: {', '.join(others)}", highlight=False, soft_wrap=True)
     share = 100 * found.trainable / found.total

@@ -80,7 +80,8 @@ class LoraConfig:
     r                 rank of the update, at least 1
     lora_alpha        the update is scaled by lora_alpha / r
     target_modules    names (a full path, or its last parts), a regular expression for the full path,
-                      "all-linear" or None for every linear layer except the output head
+                      "all-linear" or None for every linear layer except the output head; with target_parameters, []
+                      and None mean no layer
     exclude_modules   names or a regular expression; wins over target_modules
     lora_dropout      probability in [0, 1) of dropping an input of the update, in training
     fan_in_fan_out    True if the targets store their weight as (in, out), as GPT-2's Conv1D does
@@ -97,7 +98,8 @@ class LoraConfig:
     alpha_pattern     {the same: alpha}
     loftq_config, eva_config, corda_config, lora_ga_config  settings of those initialisations
     lora_bias         add a trained bias to each update
-    target_parameters names of parameters to adapt that are no layer's weight: fused experts, say
+    target_parameters names (full, or their last parts) of parameters to adapt that are no layer's weight, matrices or
+                      stacks of them: "mlp.experts.gate_up_proj"
     trainable_token_indices  tokens whose rows of the embedding are trained in full: a list for the input embedding, or
                       {name of an embedding: list}
     layer_replication [(start, end), …]: build the stack of layers from these stretches of itself, sharing weights
@@ -218,7 +220,7 @@ class LoraConfig:
         problems = [
             f"{name}: missing, and a default would be a guess" for name in REQUIRED_IN_FILES if name not in data
         ]
-        if data.get("target_modules", ALL_LINEAR) is None:
+        if data.get("target_modules", ALL_LINEAR) is None and not data.get("target_parameters"):
             problems.append("target_modules=None: the file does not say which layers were trained")
         if "peft_type" in data and (problem := _not_a_field("peft_type", data["peft_type"])):
             problems.append(problem)

@@ -103,7 +103,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "inference_mode": (lambda v: isinstance(v, bool), "must be True or False"),
     "r": (_is_rank, f"must be an integer from 1 to {MAX_RANK:,}"),
     "target_modules": (
-        _or_none(lambda v: _is_names(v) or _is_pattern(v)),
+        _or_none(lambda v: v == [] or _is_names(v) or _is_pattern(v)),
         f"{_NAMES_OR_PATTERN}, {ALL_LINEAR!r} or None",
     ),
     "exclude_modules": (_or_none(lambda v: v == [] or _is_names(v) or _is_pattern(v)), f"{_NAMES_OR_PATTERN}, or None"),
@@ -184,6 +184,8 @@ def _clashes_of_replicas(config: "LoraConfig") -> list[str]:
 def clashes(config: "LoraConfig") -> list[str]:
     """Where two fields, each right by itself, cannot both be meant."""
     problems = [*_settings_without_effect(config), *_clashes_of_replicas(config)]
+    if config.target_modules == [] and not config.target_parameters:
+        problems.append("target_modules=[]: must be names of layers, unless target_parameters names parameters")
     is_pattern = isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
     if is_pattern and config.layers_to_transform is not None:
         problems.append(

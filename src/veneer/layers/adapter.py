@@ -81,7 +81,7 @@ class Adapter(nn.Module):
         """A and B of the whole update: the trained ones, and those of the start with the sign turned."""
         if self.start_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+        return self.kind.summed(self.lora_A, self.lora_B, self.start_A, -self.start_B)
 
     def forward(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
         """(layer input, layer output so far) -> layer output with this adapter, in y's dtype."""
@@ -116,7 +116,7 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the adapter."""
-        rank = self.lora_A.shape[0]
+        rank = self.lora_A.shape[0] // self.kind.matrices
         return f"{self.rule}, rank={rank}, scale={float(self.scale):g}, dropout={self.dropout:g}"
 
 

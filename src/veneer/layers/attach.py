@@ -102,7 +102,8 @@ def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
 
 def adapter_on(layer: Layer, name: str, parameter: str = "weight") -> Adapter:
     """Adapter `name` on this weight of the layer."""
-    return layer.adapters[name]
+    found = layer.adapters[name]
+    return found if isinstance(found, Adapter) else getattr(found, parameter)
 
 
 def detach(layer: Layer, name: str) -> None:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import MergeError
-from veneer.layers import attach, saved_module, token_rows
+from veneer.layers import attach, by_weight, fused, saved_module, token_rows
 from veneer.layers.replication import replicated, replication_of
 from veneer.layers.route import RoutedCheckpoint
 from veneer.layers.stand_in import StandIns
@@ -96,7 +96,11 @@ def _carry_out(
     first = not overlay.configs
     try:
         for one in made:
-            attach.attach(model.get_submodule(one.site.path), name, one.adapter, overlay.route)
+            layer = model.get_submodule(one.site.path)
+            if one.site.by_weight:
+                by_weight.attach(layer, name, one.adapter, overlay.route, one.site.parameter)
+            else:
+                attach.attach(layer, name, one.adapter, overlay.route)
         for path in todo.resolution.saved:
             source = todo.resolution.tied.get(path)
             weight = (
@@ -108,6 +112,7 @@ def _carry_out(
         for site, trained in rows:
             for path in site.paths:
                 token_rows.keep_rows(model.get_submodule(path), name, trained, overlay.route)
+        fused.follow_adapters(model)
     except BaseException:
         _take_off(model, name, todo.resolution)
         raise
@@ -182,6 +187,7 @@ def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
     for site in resolution.token_rows:
         for path in site.paths:
             token_rows.drop_rows(model.get_submodule(path), name)
+    fused.follow_adapters(model)
 
 
 @one_at_a_time

@@ -131,7 +131,7 @@ def _why_not_by_rows(model: nn.Module, overlay: Overlay, name: str, given: Mappi
 def _fronts_without_rows(model: nn.Module, resolution: Resolution) -> Iterator[str]:
     for site in resolution.sites:
         front = front_of(model.get_submodule(site.path))
-        if site.parameter == "weight" and (front is None or not front.by_rows):
+        if not site.by_weight and (front is None or not front.by_rows):
             yield f"{site.path}, whose adapters serve whole batches only"
 
 

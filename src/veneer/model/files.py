@@ -32,6 +32,7 @@ from veneer.model.tensors import (
     repeated_keys,
     replaced_rows,
     site_keys,
+    stack_sizes,
     tensors_from_state,
     tied_keys,
 )
@@ -89,7 +90,7 @@ def save_adapter(
         )
     kept = {key: value for key, value in tensors.items() if key.removesuffix(START) in expected}
     if takes_off_its_start(config) and plain:
-        config, kept = doubled(config), joined(kept)
+        config, kept = doubled(config), joined(kept, stack_sizes(overlay.resolutions[name]))
     elif takes_off_its_start(config):
         check_start_can_be_redone(config, f"Not saved to {folder}")
         kept = {key: kept[key] for key in expected}
@@ -147,7 +148,7 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
         return _checked_tensors(model, folder, resolution, header)
     _check_config_belongs(folder, doubled(config), header)
     halves = {site_keys(site)[part] for site in resolution.sites for part in ("lora_A", "lora_B")}
-    return split(_checked_tensors(model, folder, resolution, header, halves), halves)
+    return split(_checked_tensors(model, folder, resolution, header, halves), halves, stack_sizes(resolution))
 
 
 def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[Resolution, dict[str, Tensor]]:
@@ -214,7 +215,7 @@ def _check_config_belongs(folder: Path, config: LoraConfig, header: Header) -> N
 def _check_rank(folder: Path, config: LoraConfig, header: Header) -> None:
     """Say in one line that every rank differs, instead of listing every tensor."""
     ranks = {info.shape[0] for key, info in header.tensors.items() if key.endswith("lora_A.weight") and info.shape}
-    if not config.rank_pattern and len(ranks) == 1 and ranks != {config.r}:
+    if not config.rank_pattern and not config.target_parameters and len(ranks) == 1 and ranks != {config.r}:
         raise AdapterFileError(
             f"{folder}: {CONFIG_FILE} says r={config.r}, {WEIGHTS_FILE} holds rank {ranks.pop()}. They belong to two "
             "different adapters."

@@ -1,7 +1,8 @@
 """Make the adapter of one site: a new one, or one with the values of an adapter file. Attaches nothing."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -118,14 +119,31 @@ def _started(
     layer: Layer, site: Site, config: LoraConfig, stats: Tensor | Components | None, generator: Generator | None
 ) -> Factors:
     """A and B as matrices, as the config's initialisation makes them. Raises ConfigError naming the layer."""
-    device, groups = home(layer, site.parameter), site.kind.groups(layer)
-    weight = Weight(*site.shape, device, lambda: site.kind.to_matrix(read(layer, site.parameter)), groups)
     name = _init_name(site, config, stats)
     options = getattr(config, OPTIONS_FIELD[name]) if name in OPTIONS_FIELD else None
     try:
-        return initialise(name, weight, site.rank, scale=site.scale, options=options, stats=stats, generator=generator)
+        made = [
+            initialise(name, weight, site.rank, scale=site.scale, options=options, stats=stats, generator=generator)
+            for weight in _weights(layer, site)
+        ]
     except ConfigError as error:
-        raise ConfigError(f"{site.path}: {error}") from None
+        raise ConfigError(f"{site.name}: {error}") from None
+    if site.kind.stack is None:
+        return made[0]
+    A, B = site.kind.stack.joined([one.A for one in made], [one.B for one in made])
+    bases = [one.base for one in made if one.base is not None]
+    return replace(made[0], A=A, B=B, base=torch.cat(bases) if bases else None)
+
+
+def _weights(layer: Layer, site: Site) -> Iterator[Weight]:
+    """The weight as a matrix, or each of those that are stacked in it: each starts by itself."""
+    device, rows = home(layer, site.parameter), site.shape[0] // site.kind.matrices
+
+    def values(first: int) -> Tensor:
+        return site.kind.to_matrix(read(layer, site.parameter))[first : first + rows]
+
+    for first in range(0, site.shape[0], rows):
+        yield Weight(rows, site.shape[1], device, partial(values, first), site.kind.groups(layer))
 
 
 def _base(layer: Layer, site: Site, made: Factors) -> Tensor | None:

@@ -9,6 +9,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, AttachError, ConfigError, MergeError, bullet_list
 from veneer.layers import attach, saved_module, token_rows
 from veneer.layers.attach import Adapted
+from veneer.layers.by_weight import ByWeight
 from veneer.layers.kinds import Layer
 from veneer.layers.replication import replicated, replication_of
 from veneer.layers.route import BASE
@@ -16,6 +17,7 @@ from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import Front, check_forward
 from veneer.layers.token_rows import has_rows
 from veneer.layers.weights import is_offloaded, read
+from veneer.layers.weights.dense import DENSE
 from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
 from veneer.targets import Resolution, Site, TokenSite, resolve
@@ -44,7 +46,6 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"A LoraConfig is needed, not {type(config).__module__}.{type(config).__qualname__}.")
     config.check()
-    _refuse_unbuilt(config)
     if overlay is not None and overlay.route.merged:
         raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
     with replicated(model, _stretches(model, config, overlay)):
@@ -84,15 +85,6 @@ def _plan(model: nn.Module, name: str, config: LoraConfig, overlay: Overlay | No
         layer_replication=_stretches(model, config, overlay),
     )
     return Plan(name, resolved, resolution)
-
-
-def _refuse_unbuilt(config: LoraConfig) -> None:
-    unbuilt = ("target_parameters",)
-    problems = [
-        f"{field}={value!r}: not available yet; leave it out" for field in unbuilt if (value := getattr(config, field))
-    ]
-    if problems:
-        raise ConfigError(bullet_list("LoraConfig cannot be used:", problems))
 
 
 def _stretches(model: nn.Module, config: LoraConfig, overlay: Overlay | None) -> list[tuple[int, int]] | None:
@@ -159,6 +151,13 @@ def _why_not_adapted(layer: Layer, site: Site, config: LoraConfig) -> list[str]:
         problems.append(f"target_modules: another adapter trains {site.path} in full")
     if has_rows(layer):
         problems.append(f"target_modules: another adapter trains rows of {site.path} (trainable_token_indices)")
+    if isinstance(layer, Adapted) and isinstance(layer, ByWeight) != site.by_weight:
+        other = "output" if site.by_weight else "weight"
+        problems.append(
+            f"another adapter adapts {site.path} by its {other}; name it in the same field as that one does"
+        )
+    if site.by_weight and not DENSE.holds(layer, site.parameter):
+        problems.append(f"{site.name} is quantised or computed from others, so no adapter can be added to it yet")
     if not isinstance(layer, Adapted) and hasattr(layer, attach.CHILD):
         problems.append(f"target_modules: {site.path} has an attribute {attach.CHILD!r} of its own")
     if site.bias and not site.kind.bias:

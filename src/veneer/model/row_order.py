@@ -35,7 +35,7 @@ def layers_without_rows(model: nn.Module, sites: Iterable[Site]) -> Iterator[str
         owner = next((owner for owner in owners if _ROWS_ELSEWHERE & set(map(class_name, type(owner).__mro__))), None)
         if "experts" in parts:
             yield f"{site.path}: an expert sees tokens of several rows, mixed"
-        elif site.parameter != "weight":
-            yield f"{site.path}.{site.parameter}, which is read as one weight for all rows"
+        elif site.by_weight:
+            yield f"{site.name}, which is read as one weight for all rows"
         elif owner is not None:
             yield f"{site.path}: {base_class(owner).__name__} does not keep row after row"

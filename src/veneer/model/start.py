@@ -50,23 +50,27 @@ def doubled(config: LoraConfig) -> LoraConfig:
     )
 
 
-def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors with each factor and its start in one, as a file holds them."""
+def joined(tensors: Mapping[str, Tensor], stacked: Mapping[str, int]) -> dict[str, Tensor]:
+    """An adapter's tensors with each factor and its start in one, as a file holds them.
+
+    stacked  how many matrices have their A in one tensor, one below the other, by its name; left out where it is one
+    """
     found = {key: value for key, value in tensors.items() if not key.endswith(START)}
     for key in found:
         if (start := tensors.get(key + START)) is not None:
             dim, sign = _half(key)
-            found[key] = torch.cat([found[key], sign * start], dim=dim)
+            parts = [_apart(value, key, stacked) for value in (found[key], sign * start)]
+            found[key] = torch.cat(parts, dim=dim + 1).flatten(0, 1)
     return found
 
 
-def split(tensors: Mapping[str, Tensor], halves: Set[str]) -> dict[str, Tensor]:
+def split(tensors: Mapping[str, Tensor], halves: Set[str], stacked: Mapping[str, int]) -> dict[str, Tensor]:
     """The inverse of `joined` for the names in `halves`."""
     found = dict(tensors)
     for key in halves:
         dim, sign = _half(key)
-        trained, start = tensors[key].chunk(2, dim=dim)
-        found |= {key: trained, key + START: sign * start}
+        trained, start = _apart(tensors[key], key, stacked).chunk(2, dim=dim + 1)
+        found |= {key: trained.flatten(0, 1), key + START: sign * start.flatten(0, 1)}
     return found
 
 
@@ -79,6 +83,11 @@ def joined_shapes(expected: Mapping[str, Expected], halves: Set[str]) -> dict[st
         shape[dim] *= 2
         found[key] = Expected(tuple(shape), expected[key].floating)
     return found
+
+
+def _apart(value: Tensor, key: str, stacked: Mapping[str, int]) -> Tensor:
+    """With one more dimension in front, for the matrices whose factors lie one below the other."""
+    return value.unflatten(0, (stacked.get(key, 1), -1))
 
 
 def _half(key: str) -> tuple[int, int]:

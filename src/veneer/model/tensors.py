@@ -21,11 +21,12 @@ from veneer.targets.structure import embeddings
 def site_keys(site: Site) -> dict[str, str]:
     """The names in an adapter file of what the adapter on a site has, by the names of its parameters."""
     name_A, name_B = site.kind.on_disk
-    names = {"lora_A": keys.factor(site.path, name_A), "lora_B": keys.factor(site.path, name_B)}
+    path = site.file_path or site.path
+    names = {"lora_A": keys.factor(path, name_A), "lora_B": keys.factor(path, name_B)}
     if site.bias:
-        names["lora_bias"] = keys.factor_bias(site.path)
+        names["lora_bias"] = keys.factor_bias(path)
     if site.dora:
-        names["lora_magnitude"] = keys.magnitude(site.path)
+        names["lora_magnitude"] = keys.magnitude(path)
     return names
 
 
@@ -45,6 +46,11 @@ def without_padding(value: Tensor, part: str, site: Site) -> Tensor:
     if part == "lora_B" and value.dim() == len(shape) and value.shape[1] > shape[1]:
         return value[:, : shape[1]]
     return value
+
+
+def stack_sizes(resolution: Resolution) -> dict[str, int]:
+    """How many matrices have their A in one tensor of a file, by its name; left out where it is one."""
+    return {site_keys(site)["lora_A"]: site.kind.matrices for site in resolution.sites if site.kind.matrices > 1}
 
 
 def bias_key(resolution: Resolution, name: str) -> str:
@@ -78,7 +84,8 @@ def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | N
     for path in embeddings(model):
         repeated[keys.saved(path, "weight")] = f"{path}.weight"
     for site in resolution.sites:
-        repeated[keys.base_weight(site.path)] = f"{site.path}.weight"
+        if not site.by_weight:
+            repeated[keys.base_weight(site.path)] = f"{site.path}.weight"
     for path in resolution.saved:
         for name in original_state(model.get_submodule(path)):
             copied, original = keys.inside_saved(path, name)
@@ -157,9 +164,10 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
     plain = {key.removeprefix(keys.PREFIX): value for key, value in state.items()}
     names: dict[str, str] = {}
     for site in resolution.sites:
-        names |= {key: f"{site.path}.{attach.CHILD}.{name}.{part}" for part, key in site_keys(site).items()}
+        adapter = f"{site.path}.{attach.CHILD}.{name}" + (f".{site.parameter}" if site.by_weight else "")
+        names |= {key: f"{adapter}.{part}" for part, key in site_keys(site).items()}
         for part, start in (("lora_A", "start_A"), ("lora_B", "start_B")):
-            names[site_keys(site)[part] + START] = f"{site.path}.{attach.CHILD}.{name}.{start}"
+            names[site_keys(site)[part] + START] = f"{adapter}.{start}"
     for path in resolution.saved:
         for inner in original_state(model.get_submodule(path)):
             names[keys.saved(path, inner)] = f"{path}.{saved_module.CHILD}.{name}.{inner}"

@@ -39,7 +39,7 @@ def why_not_update(model: nn.Module, name: str) -> list[str]:
 
 def by_weight(site: Site) -> bool:
     """Whether this is no layer's weight but a parameter that its owner reads, as of an attention's projections."""
-    return site.parameter != "weight"
+    return site.by_weight
 
 
 def is_product(site: Site) -> bool:

@@ -23,7 +23,7 @@ def layer_index(patterns: list[str], path: str) -> int | None:
 def in_layers(config: LoraConfig, chosen: list[str], findings: Findings) -> list[str]:
     """Those of the chosen paths that layers_to_transform keeps; all if it is not set."""
     wanted = config.layers_to_transform
-    if wanted is None:
+    if wanted is None or not chosen:
         return chosen
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = layer_patterns(config)

@@ -20,6 +20,14 @@ from veneer.targets.findings import Findings
 from veneer.targets.layer_numbers import in_layers
 from veneer.targets.names import as_list, inside, named, selector
 from veneer.targets.names_on_disk import names_on_disk
+from veneer.targets.parameters import (
+    attention_sites,
+    check_settings,
+    is_attention,
+    parameter_sites,
+    targeted_parameters,
+    without_parts_of_attention,
+)
 from veneer.targets.saved import saved_modules
 from veneer.targets.site import Site
 from veneer.targets.structure import Structure, structure_of
@@ -65,21 +73,23 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
     ties = ties_of(model, structure)
     trained = follow_ties(ties, config, in_layers(config, chosen, findings), saved, findings)
     paths, saved = trained.targets, trained.saved
+    parameters = targeted_parameters(structure, config, paths, saved, findings, strict=strict)
     rows = token_sites(model, structure, ties, config, findings)
     check_overlap(rows, paths, saved, findings)
     check_effect(ties, config, [*trained.tied, *(path for site in rows for path in site.tied)], findings)
-    _check_patterns(config, paths, findings)
+    _check_patterns(config, [*paths, *parameters], findings)
     _check_layers(structure, config, paths, saved, findings)
     biases = _biases(structure, config, paths, saved)
-    _check_something_is_left(config, paths, biases, findings)
-    findings.settle(structure.model_name, strict=strict or not paths)
-    sites = _with_tied([_site(structure, config, path) for path in paths], trained.tied)
+    _check_something_is_left(config, [*paths, *parameters], biases, findings)
+    sites = [] if findings.wrong else _with_tied(_sites(structure, config, paths, parameters), trained.tied)
+    check_settings(config, sites, findings, strict=strict)
+    findings.settle(structure.model_name, strict=strict or not (paths or parameters))
     _warn_of_rank(sites)
     if strict:
         warn_of_untying(ties, config, paths, saved)
         warn_of_rows(structure, rows, ties)
     return Resolution(
-        sites=sites,
+        sites=tuple(sites),
         saved=tuple(saved),
         biases=biases,
         target_modules=also_named(names_on_disk(structure, config, chosen, paths, saved), trained.one_weight(paths)),
@@ -93,6 +103,8 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
 def _targeted(structure: Structure, config: LoraConfig, saved: list[str], findings: Findings) -> list[str]:
     """The paths that target_modules means, before exclusions by the other fields."""
     target = config.target_modules
+    if not target and config.target_parameters:
+        return []
     if target is None or target == ALL_LINEAR:
         chosen = [path for path in structure.linear_layers if not inside(path, saved)]
         if not chosen:
@@ -103,12 +115,16 @@ def _targeted(structure: Structure, config: LoraConfig, saved: list[str], findin
     for name in as_list(target):
         mine = found if isinstance(target, str) else [path for path in found if named([name], path)]
         if not mine:
-            findings.idle.append(
-                explain_unmatched("target_modules", name, structure.layers, is_pattern=isinstance(target, str))
-            )
+            findings.idle.append(_unmatched_module(structure, name, is_pattern=isinstance(target, str)))
         elif all(inside(path, saved) for path in mine):
             findings.idle.append(f"target_modules: {name!r} means only modules that modules_to_save trains in full")
-    return [path for path in found if not inside(path, saved)]
+    return without_parts_of_attention(structure, [path for path in found if not inside(path, saved)])
+
+
+def _unmatched_module(structure: Structure, name: str, *, is_pattern: bool) -> str:
+    if any(named([name], parameter) for parameter in structure.adaptable_parameters):
+        return f"target_modules: {name!r} is a parameter, not a layer; write it into target_parameters"
+    return explain_unmatched("target_modules", name, structure.layers, is_pattern=is_pattern)
 
 
 def _excluded(structure: Structure, config: LoraConfig, chosen: list[str], findings: Findings) -> list[str]:
@@ -151,7 +167,7 @@ def _check_layers(
     for path in saved:
         if owner := structure.readers.get(path):
             findings.wrong.append(f"modules_to_save: {path} cannot be trained in full: {owner}")
-    if config.fan_in_fan_out and paths and not findings.wrong:
+    if config.fan_in_fan_out and (paths or config.target_parameters) and not findings.wrong:
         kinds = [kind for path in paths if (kind := kind_of(structure.modules[path]))]
         if not any(kind.fan_in_fan_out for kind in kinds):
             findings.idle.append(
@@ -165,6 +181,16 @@ def _check_something_is_left(config: LoraConfig, paths: list[str], biases: tuple
         findings.idle.append(f"bias={config.bias!r}: there is no bias to train; leave it out")
     if not paths and not findings.wrong and not findings.idle:
         findings.wrong.append("no layer is left to adapt: what target_modules names is excluded")
+
+
+def _sites(structure: Structure, config: LoraConfig, paths: list[str], parameters: list[str]) -> list[Site]:
+    sites: list[Site] = []
+    for path in paths:
+        if is_attention(structure.modules[path]):
+            sites += attention_sites(structure, config, path)
+        else:
+            sites.append(_site(structure, config, path))
+    return [*sites, *parameter_sites(structure, config, parameters)]
 
 
 def _site(structure: Structure, config: LoraConfig, path: str) -> Site:
@@ -188,7 +214,7 @@ def _site(structure: Structure, config: LoraConfig, path: str) -> Site:
     )
 
 
-def _with_tied(sites: list[Site], tied: Mapping[str, str]) -> tuple[Site, ...]:
+def _with_tied(sites: list[Site], tied: Mapping[str, str]) -> list[Site]:
     """The sites, such that those tied to another are what it is: a head reads the embedding's adapter transposed."""
     by_path = {site.path: site for site in sites}
     done = []
@@ -198,16 +224,17 @@ def _with_tied(sites: list[Site], tied: Mapping[str, str]) -> tuple[Site, ...]:
             kind = EMBEDDING if site.kind is EMBEDDING else TIED_HEAD
             site = replace(site, kind=kind, factors=source.factors, tied_to=source.path)
         done.append(site)
-    return tuple(done)
+    return done
 
 
-def _warn_of_rank(sites: tuple[Site, ...]) -> None:
-    wasteful = [site for site in sites if site.rank > min(site.shape)]
+def _warn_of_rank(sites: list[Site]) -> None:
+    wasteful = [site for site in sites if site.rank > site.largest_rank]
     if wasteful:
         one = wasteful[0]
+        rows = one.shape[0] // one.kind.matrices
         warnings.warn(
             f"{len(wasteful)} layer(s) get a rank above what their weight can have, which costs memory and adds "
-            f"nothing: {one.path} is {one.shape[0]} × {one.shape[1]}, rank {one.rank}.",
+            f"nothing: {one.name} is {rows} × {one.shape[1]}, rank {one.rank}.",
             VeneerWarning,
             stacklevel=4,
         )

@@ -15,6 +15,8 @@ def names_on_disk(
     The names may also mean chosen layers that layers_to_transform drops, by their number, when the file is read.
     """
     target = config.target_modules
+    if not target and config.target_parameters:
+        return []
     if target is not None and target != ALL_LINEAR:
         return sorted(target) if isinstance(target, list) else target
     patterns = layer_patterns(config)

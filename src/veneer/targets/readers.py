@@ -7,8 +7,6 @@ from collections.abc import Mapping
 
 READERS: Mapping[str, tuple[str, ...] | None] = {
     "torch.nn.modules.activation.MultiheadAttention": ("out_proj",),
-    # in evaluation mode it hands all its weights to one fused operator
-    "torch.nn.modules.transformer.TransformerEncoderLayer": None,
     "transformers.models.audioflamingo3.modeling_audioflamingo3.AudioFlamingo3Encoder": ("embed_positions",),
     "transformers.models.bailing_hybrid.modeling_bailing_hybrid.BailingHybridDeltaAttention": ("conv1d",),
     "transformers.models.bamba.modeling_bamba.BambaMixer": ("out_proj", "conv1d"),
@@ -16,6 +14,7 @@ READERS: Mapping[str, tuple[str, ...] | None] = {
         "query_position_embeddings",
     ),
     "transformers.models.cosmos3_edge.modeling_cosmos3_edge.Cosmos3EdgeVisionEmbeddings": ("position_embedding",),
+    "transformers.models.dab_detr.modeling_dab_detr.DabDetrMHAttentionMap": ("k_linear",),
     "transformers.models.dab_detr.modeling_dab_detr.DabDetrModel": ("patterns", "query_refpoint_embeddings"),
     "transformers.models.deberta.modeling_deberta.DebertaEncoder": ("rel_embeddings",),
     "transformers.models.deberta.modeling_deberta.DisentangledSelfAttention": ("in_proj",),
@@ -63,6 +62,7 @@ READERS: Mapping[str, tuple[str, ...] | None] = {
     "transformers.models.lfm2.modeling_lfm2.Lfm2ShortConv": ("conv",),
     "transformers.models.lfm2_moe.modeling_lfm2_moe.Lfm2MoeShortConv": ("conv",),
     "transformers.models.lfm3.modeling_lfm3.Lfm3ShortConv": ("conv",),
+    "transformers.models.longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter": ("classifier",),
     "transformers.models.lw_detr.modeling_lw_detr.LwDetrModel": ("query_feat", "reference_point_embed"),
     "transformers.models.mamba.modeling_mamba.MambaMixer": ("x_proj", "dt_proj", "out_proj", "conv1d"),
     "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer": ("out_proj", "conv1d"),
@@ -75,6 +75,7 @@ READERS: Mapping[str, tuple[str, ...] | None] = {
     "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoModel": (
         "query_position_embeddings",
     ),
+    "transformers.models.mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": ("decoder", "dense"),
     "transformers.models.moss_transcribe_diarize.modeling_moss_transcribe_diarize.MossTranscribeDiarizeAudioModel": (
         "embed_positions",
     ),

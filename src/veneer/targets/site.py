@@ -17,6 +17,7 @@ class Site:
     magnitude        the shape of DoRA's magnitude in an adapter file
     bias             whether it has a bias of its own (`lora_bias`)
     tied_to          the path of the site whose adapter it shares, None for one of its own
+    file_path        the path its tensors have in an adapter file, if it is not `path`
     """
 
     path: str
@@ -32,6 +33,22 @@ class Site:
     bias: bool = False
     parameter: str = "weight"
     tied_to: str | None = None
+    file_path: str | None = None
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether a module reads this weight, instead of being called."""
+        return self.kind.stack is not None
+
+    @property
+    def name(self) -> str:
+        """The path of the layer, with the name of the weight where a layer has several."""
+        return self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}"
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank that the update can have at most: the smaller side of the weight, or of each of its matrices."""
+        return min(self.shape[0] // self.kind.matrices, self.shape[1])
 
     @property
     def scale(self) -> float:

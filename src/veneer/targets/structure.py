@@ -7,7 +7,7 @@ from torch import nn
 
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import Adapters
-from veneer.layers.kinds import KINDS, class_name, kind_of
+from veneer.layers.kinds import ATTENTION, KINDS, class_name, kind_of
 from veneer.layers.saved_module import Copies
 from veneer.layers.swap import base_class
 from veneer.layers.token_rows import RowsByAdapter
@@ -22,7 +22,8 @@ class Structure:
 
     modules        every module but the root, in the model's order
     layers         those that can be adapted
-    linear_layers  those that "all-linear" means: linear, and not the output head
+    linear_layers  those that "all-linear" means: linear, and neither the output head nor a part of an attention module
+    parameters     full names of all parameters, those of the model itself included
     """
 
     model_name: str
@@ -30,6 +31,7 @@ class Structure:
     layers: list[str]
     linear_layers: list[str]
     readers: dict[str, str]
+    parameters: list[str]
 
     def refusal(self, path: str) -> str | None:
         """Why the module at `path` cannot be adapted, or None if it can."""
@@ -39,8 +41,22 @@ class Structure:
             inside = dict.fromkeys(p.rpartition(".")[2] for p in self.layers if p.startswith(f"{path}."))
             known = ", ".join(sorted(name.rpartition(".")[2] for name in KINDS))
             hint = f"it holds {', '.join(inside)}; name those" if inside else f"{known} are"
+            own = [name for name, weight in module._parameters.items() if weight is not None and weight.dim() in (2, 3)]
+            if own and not inside:
+                hint = f"name its parameters in target_parameters: {', '.join(own)}"
             return f"{base_class(module).__name__} is not a kind of layer that can be adapted ({hint})"
         return self.readers.get(path) or kind.refuse(module)
+
+    @property
+    def adaptable_parameters(self) -> list[str]:
+        """Full names of the parameters that target_parameters may name: matrices, or stacks of them, of no layer."""
+        found = []
+        for name in self.parameters:
+            path, _, own = name.rpartition(".")
+            weight = self.modules[path]._parameters[own] if path else None
+            if weight is not None and weight.dim() in (2, 3) and kind_of(self.modules[path]) is None:
+                found.append(name)
+        return found
 
     def has_bias(self, path: str) -> bool:
         """Whether the module at `path` has a bias parameter of its own."""
@@ -52,13 +68,20 @@ def structure_of(model: nn.Module) -> Structure:
     modules = dict(_bare_modules(model))
     layers = [path for path, module in modules.items() if kind_of(module) is not None]
     head = _output_head(model)
-    linear = [path for path in layers if modules[path] is not head and is_linear(modules[path])]
+    parts = {f"{path}.out_proj" for path in layers if kind_of(modules[path]) is ATTENTION}
+    linear = [path for path in layers if modules[path] is not head and is_linear(modules[path]) and path not in parts]
     readers = {
-        path: f"{owner} reads its weight without calling it, so it would be ignored; use exclude_modules"
+        path: f"{owner} reads its weight without calling it, so it would be ignored; {_instead(owner)}"
         for path in modules
         if (owner := _reader(model, modules, path))
     }
-    return Structure(base_class(model).__name__, modules, layers, linear, readers)
+    parameters = [
+        f"{path}.{name}" if path else name
+        for path, module in {"": model, **modules}.items()
+        for name, value in module._parameters.items()
+        if value is not None
+    ]
+    return Structure(base_class(model).__name__, modules, layers, linear, readers, parameters)
 
 
 def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -81,6 +104,12 @@ def _reader(model: nn.Module, modules: dict[str, nn.Module], path: str) -> str |
                 return cls.__name__
         child = parent
     return None
+
+
+def _instead(owner: str) -> str:
+    if owner == "MultiheadAttention":
+        return "name the attention module, of which it is a part, in target_modules"
+    return "use exclude_modules"
 
 
 def embeddings(model: nn.Module) -> list[str]:

@@ -13,11 +13,13 @@ from veneer.layers.kinds.convolution import CONV1D, CONV2D, CONV3D
 from veneer.layers.kinds.embedding import EMBEDDING
 from veneer.layers.kinds.kind import Kind, Layer, Number, Shape
 from veneer.layers.kinds.linear import LINEAR
+from veneer.layers.kinds.parameter import ATTENTION, Stack, parameter_kind
 from veneer.layers.kinds.transposed import TRANSPOSED
 
 KINDS: dict[str, Kind] = {
     "torch.nn.modules.linear.Linear": LINEAR,
     "torch.nn.modules.sparse.Embedding": EMBEDDING,
+    "torch.nn.modules.activation.MultiheadAttention": ATTENTION,
     "torch.nn.modules.conv.Conv1d": CONV1D,
     "torch.nn.modules.conv.Conv2d": CONV2D,
     "torch.nn.modules.conv.Conv3d": CONV3D,
@@ -45,6 +47,7 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 
 __all__ = [
+    "ATTENTION",
     "CONV1D",
     "CONV2D",
     "CONV3D",
@@ -56,7 +59,9 @@ __all__ = [
     "Layer",
     "Number",
     "Shape",
+    "Stack",
     "class_name",
     "kind_of",
+    "parameter_kind",
     "register_kind",
 ]

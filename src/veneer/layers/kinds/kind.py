@@ -6,7 +6,7 @@ does. Shapes: I in, O out, R rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
 from veneer.functional import lowrank
+
+if TYPE_CHECKING:
+    from veneer.layers.kinds.parameter import Stack
 
 # A layer: an `nn.Module` with the attributes of its kind, which no one type in torch describes.
 Layer = Any
@@ -114,6 +117,8 @@ class Kind:
     refuse        (layer) -> why this very layer cannot be adapted, or None
     clash         (layer, site) -> why it cannot be adapted with this rank, rule or dropout, or None
     refuse_merge  (layer, W) -> why W, the merged weight, cannot stand in the layer, or None
+    stack         for a parameter that its module reads: the matrices it holds. Such an adapter acts by its weight, in
+                  `merged`; the members that look at a layer's input are not used
     """
 
     name: str
@@ -139,12 +144,24 @@ class Kind:
     refuse: Callable[[Layer], str | None] = _no_reason
     clash: Callable[[Layer, Any], str | None] = _no_reason
     refuse_merge: Callable[[Layer, Tensor], str | None] = _no_reason
+    stack: "Stack | None" = None
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices one weight holds, each with factors of its own; O of the weight counts them all."""
+        return 1 if self.stack is None else self.stack.matrices
 
     def weight_delta(self, A: Tensor, B: Tensor, scale: Number, shape: Shape) -> Tensor:
         """The update s·BA in the shape of the weight."""
         if self.delta is not None:
             return self.delta(A, B, scale, shape)
         return self.from_matrix(lowrank.delta(A.flatten(1), B.flatten(1), scale), shape)
+
+    def summed(self, A: Tensor, B: Tensor, more_A: Tensor, more_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the sum of two updates."""
+        if self.stack is not None:
+            return self.stack.summed(A, B, more_A, more_B)
+        return torch.cat([A, more_A]), torch.cat([B, more_B], dim=1)
 
     def row_norms(self, W: Tensor) -> Tensor:
         """The Euclidean norm of each output row of a weight, of shape (O,)."""
