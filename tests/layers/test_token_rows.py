@@ -431,3 +431,14 @@ def test_the_tensors_of_a_file():
     tensors = adapter_tensors(adapted().bare, "default")
     found = {key: tuple(value.shape) for key, value in tensors.items() if "lora_" not in key}
     assert found == {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 32)}
+
+
+def test_adapters_with_rows_are_not_combined():
+    model = adapted()
+    with pytest.raises(veneer.errors.ConfigError, match="trainable_token_indices"):
+        model.add_weighted_adapter(["default"], [1.0], "c", combination_type="linear")
+
+
+def test_rows_do_not_go_with_an_invocation():
+    with pytest.raises(veneer.errors.ConfigError, match="cannot go with alora_invocation_tokens"):
+        config(alora_invocation_tokens=[1, 2])

@@ -276,3 +276,9 @@ class TestSettings:
         with pytest.raises(AttachError, match="holds layers that another adapter adapts"):
             model.add_adapter("b", config(modules_to_save=["lm_head"]))
         assert list(model.peft_config) == ["default"]
+
+
+def test_tied_adapters_are_not_combined():
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(veneer.errors.ConfigError, match="ensure_weight_tying"):
+        model.add_weighted_adapter(["default"], [1.0], "c", combination_type="linear")

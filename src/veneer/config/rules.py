@@ -172,18 +172,24 @@ def _settings_without_effect(config: "LoraConfig") -> list[str]:
     return problems
 
 
-def _clashes_of_replicas(config: "LoraConfig") -> list[str]:
+def _clashes_of_rows_and_replicas(config: "LoraConfig") -> list[str]:
+    problems = []
+    if config.trainable_token_indices and config.alora_invocation_tokens:
+        problems.append(
+            "trainable_token_indices cannot go with alora_invocation_tokens: a token before the invocation would keep "
+            "the row of the base"
+        )
     if config.layer_replication and config.init_lora_weights == "loftq" and config.rank_pattern:
-        return [
+        problems.append(
             "layer_replication and init_lora_weights='loftq' cannot go with rank_pattern: replicas share the weight "
             "that LoftQ replaces, so each must replace it by the same, which depends on the rank"
-        ]
-    return []
+        )
+    return problems
 
 
 def clashes(config: "LoraConfig") -> list[str]:
     """Where two fields, each right by itself, cannot both be meant."""
-    problems = [*_settings_without_effect(config), *_clashes_of_replicas(config)]
+    problems = [*_settings_without_effect(config), *_clashes_of_rows_and_replicas(config)]
     if config.target_modules == [] and not config.target_parameters:
         problems.append("target_modules=[]: must be names of layers, unless target_parameters names parameters")
     is_pattern = isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
