@@ -100,6 +100,12 @@ def test_saved_modules_and_biases_go_with_it(tmp_path):
     assert torch.equal(model.unload()(x), tiny.Stack()(x))
 
 
+def test_trained_rows_of_the_embedding_go_with_it(tmp_path):
+    model, new = made(trainable_token_indices=[9, 13]), made(tmp_path, seed=8, r=2, trainable_token_indices=[9, 13])
+    veneer.hotswap_adapter(model, tmp_path)
+    assert_close(model(X).logits, new(X).logits)
+
+
 def test_a_bias_of_the_adapter_goes_with_it(tmp_path):
     model, new = made(lora_bias=True), made(tmp_path, seed=8, lora_bias=True, target_modules=["v_proj"], r=2)
     veneer.hotswap_adapter(model, tmp_path)
@@ -175,6 +181,17 @@ class TestWhatIsRefused:
             veneer.hotswap_adapter_from_state_dict(model, state, "default", pissa.peft_config["default"])
         with pytest.raises(AttachError, match="has replaced weights of the base"):
             veneer.hotswap_adapter(made(init_lora_weights="loftq"), tmp_path)
+
+    def test_an_adapter_on_tied_modules(self, tmp_path):
+        fields = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+        made(tmp_path, base=lambda: tiny.llama(tied=True), r=2, **fields)
+        model = made(base=lambda: tiny.llama(tied=True), **fields)
+        before = model(X).logits
+        with pytest.raises(AttachError, match="one adapter lies on the embedding and the output head"):
+            veneer.hotswap_adapter(model, tmp_path)
+        with pytest.raises(AttachError, match="shares the adapter of model.embed_tokens"):
+            veneer.prepare_model_for_compiled_hotswap(model, target_rank=9)
+        assert torch.equal(model(X).logits, before)
 
     def test_merged(self, tmp_path):
         model = made(tmp_path)

@@ -207,6 +207,13 @@ class TestTheBase:
         theirs = quietly(peft.get_base_model_state_dict, made_by_peft(tiny.Stack(), target_modules=["first"]))
         assert set(theirs) == set(found)
 
+    def test_trained_rows_are_not_the_bases(self):
+        config = veneer.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+        model = tiny.shake(veneer.get_peft_model(tiny.llama(), config))
+        found, base = veneer.get_base_model_state_dict(model), tiny.llama().state_dict()
+        assert list(found) == list(base)
+        assert all(torch.equal(found[key], base[key]) for key in base)
+
     def test_new_values_under_the_adapter(self):
         model = tiny.shake(ours(use_dora=False))
         new = {key: value + 0.01 for key, value in tiny.llama().state_dict().items()}

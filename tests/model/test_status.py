@@ -101,6 +101,13 @@ def test_a_model_adapted_in_place():
     assert {**asdict(mine), "peft_types": {}} == asdict(other)
 
 
+def test_trained_rows_show():
+    config = veneer.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    first = veneer.get_layer_status(veneer.get_peft_model(tiny.llama(), config))[0]
+    assert (first.name, first.module_type) == ("model.model.embed_tokens", "TrainableTokensLayer")
+    assert first.requires_grad == {"default": True}
+
+
 def test_a_part_of_a_model():
     whole = nn.ModuleDict({"head": nn.Linear(2, 2), "inner": tiny.Stack()})
     veneer.inject_adapter_in_model(veneer.LoraConfig(target_modules=["first"]), whole["inner"])

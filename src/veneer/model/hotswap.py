@@ -149,6 +149,8 @@ def _is_prepared(adapter: Adapter) -> bool:
 
 def _why_not_padded(adapter: Adapter, site: Site, rank: int) -> str | None:
     now = adapter.lora_A.shape[0]
+    if site.tied_to is not None:
+        return f"it shares the adapter of {site.tied_to} (ensure_weight_tying), and padding that is not available"
     if now == rank:
         return None
     if site.factors[0][0] != site.rank or site.factors[1][1] != site.rank:
@@ -243,6 +245,8 @@ def _other_places(
             problems.append(f"{field}: {getattr(before, field)!r} on the model, {getattr(config, field)!r} in the new")
     if name in overlay.bases:
         problems.append("the adapter on the model has replaced weights of the base")
+    if any(site.tied_to is not None for site in (*old.sites, *new.sites)):
+        problems.append("ensure_weight_tying: one adapter lies on the embedding and the output head together")
     if takes_off_its_start(config) or config.init_lora_weights == "loftq":
         problems.append(
             f"init_lora_weights={config.init_lora_weights!r}: the new adapter goes with a changed base; load it once "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer.errors import AdapterFileError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.layers.attach import Adapted, Adapters
 from veneer.layers.saved_module import Copies
+from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.apply import one_at_a_time
 from veneer.model.files import check_repeats_base
 from veneer.model.merge import base_in_place
@@ -240,7 +241,9 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 
 
 def _base_state(part: nn.Module) -> dict[str, Tensor]:
-    ours = tuple(f"{path}." for path, module in part.named_modules() if isinstance(module, Adapters | Copies))
+    ours = tuple(
+        f"{path}." for path, module in part.named_modules() if isinstance(module, Adapters | Copies | RowsByAdapter)
+    )
     return {key: value for key, value in part.state_dict().items() if not key.startswith(ours)}
 
 

@@ -10,6 +10,7 @@ from veneer.errors import MergeError
 from veneer.layers import swap
 from veneer.layers.attach import Adapters
 from veneer.layers.saved_module import Copies
+from veneer.layers.token_rows import RowsByAdapter
 from veneer.layers.weights import store_of, stored
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapted_part, overlay_needed
@@ -24,7 +25,8 @@ class TunerLayerStatus:
     """One module with adapters.
 
     name                  its path in the model
-    module_type           "lora." and its class, or "ModulesToSaveWrapper" if it is trained in full
+    module_type           "lora." and its class; "ModulesToSaveWrapper" if it is trained in full, and
+                          "TrainableTokensLayer" if some of its rows are
     enabled               False while adapters are disabled
     active_adapters       the adapters chosen for the model
     merged_adapters       those that are part of the weights here
@@ -86,7 +88,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         for path, module in part.named_modules()
         if isinstance(module, swap.Front)
         for child in module.children()
-        if isinstance(child, Adapters | Copies)
+        if isinstance(child, Adapters | Copies | RowsByAdapter)
     ]
 
 
@@ -116,7 +118,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _layer_status(part: nn.Module, name: str, module: nn.Module, child: Adapters | Copies) -> TunerLayerStatus:
+def _layer_status(part: nn.Module, name: str, module: nn.Module, child: nn.ModuleDict) -> TunerLayerStatus:
     route = overlay_needed(part).route
     parameters = {adapter: [*own.parameters()] or [*own.buffers()] for adapter, own in child.items()}
     trains: dict[str, bool | Irregular] = {
@@ -124,9 +126,7 @@ def _layer_status(part: nn.Module, name: str, module: nn.Module, child: Adapters
     }
     return TunerLayerStatus(
         name=name,
-        module_type=f"lora.{swap.base_class(module).__name__}"
-        if isinstance(child, Adapters)
-        else "ModulesToSaveWrapper",
+        module_type=_type(module, child),
         enabled=route.enabled,
         active_adapters=list(route.active),
         merged_adapters=[adapter for adapter in route.merged if adapter in parameters],
@@ -135,6 +135,12 @@ def _layer_status(part: nn.Module, name: str, module: nn.Module, child: Adapters
         devices={adapter: sorted({p.device.type for p in mine}) for adapter, mine in parameters.items()},
         quantization_backend=_backend(module) if isinstance(child, Adapters) else None,
     )
+
+
+def _type(module: nn.Module, child: nn.Module) -> str:
+    if isinstance(child, Adapters):
+        return f"lora.{swap.base_class(module).__name__}"
+    return "ModulesToSaveWrapper" if isinstance(child, Copies) else "TrainableTokensLayer"
 
 
 def _path_of(part: nn.Module, model: nn.Module) -> str:
