@@ -47,17 +47,22 @@ _HOMES = {
     "create_loraplus_optimizer": "veneer.optimizers",
     "extract_lora": "veneer.model.extraction",
     "get_base_model_state_dict": "veneer.model.state_dict",
+    "get_eva_state_dict": "veneer.model.measure.eva",
     "get_layer_status": "veneer.model.status",
     "get_model_status": "veneer.model.status",
     "get_peft_model": "veneer.model.facade",
     "get_peft_model_state_dict": "veneer.model.state_dict",
     "hotswap_adapter": "veneer.model.hotswap",
     "hotswap_adapter_from_state_dict": "veneer.model.hotswap",
+    "initialize_lora_eva_weights": "veneer.model.measure.eva",
     "inject_adapter_in_model": "veneer.model.inject",
     "load_peft_weights": "veneer.model.state_dict",
     "prepare_model_for_compiled_hotswap": "veneer.model.hotswap",
     "prepare_model_for_kbit_training": "veneer.model.precision",
+    "preprocess_corda": "veneer.model.measure.corda",
+    "preprocess_loraga": "veneer.model.measure.loraga",
     "register_kind": "veneer.layers.kinds",
+    "replace_lora_weights_loftq": "veneer.model.measure.loftq",
     "rescale_adapter_scale": "veneer.model.scale",
     "save_as_lora": "veneer.model.conversion",
     "set_base_model_state_dict": "veneer.model.state_dict",
@@ -103,6 +108,10 @@ if TYPE_CHECKING:
         prepare_model_for_compiled_hotswap,
     )
     from veneer.model.inject import inject_adapter_in_model
+    from veneer.model.measure.corda import preprocess_corda
+    from veneer.model.measure.eva import get_eva_state_dict, initialize_lora_eva_weights
+    from veneer.model.measure.loftq import replace_lora_weights_loftq
+    from veneer.model.measure.loraga import preprocess_loraga
     from veneer.model.precision import cast_mixed_precision_params, prepare_model_for_kbit_training
     from veneer.model.scale import rescale_adapter_scale
     from veneer.model.state_dict import (
@@ -151,17 +160,22 @@ __all__ = [
     "create_loraplus_optimizer",
     "extract_lora",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
     "register_kind",
+    "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",
     "set_base_model_state_dict",

@@ -143,7 +143,9 @@ def test_data_driven_methods_say_what_they_miss(name):
         made(name, stats=None)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("eva", "Components"), ("corda", "Tensor"), ("lora_ga", "Tensor")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("eva", "Components"), ("corda", "Tensor or CordaParts"), ("lora_ga", "Tensor")]
+)
 def test_statistics_of_another_method(name, kind):
     for stats in (stats_for("corda" if name == "eva" else "eva"), {"a": 1}):
         with pytest.raises(ConfigError, match=f"takes a? ?{kind} as stats"):

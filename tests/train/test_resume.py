@@ -38,6 +38,22 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(chat_model: Path, ro
     assert "model.safetensors" not in checkpoint
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "orthogonal", "loftq"])
+def test_what_a_start_took_off_the_base_is_still_off_it(
+    chat_model: Path, rows_file: Path, tmp_path: Path, start: str
+) -> None:
+    lora = {"init_lora_weights": start}
+    output = tmp_path / "out"
+    whole = train(settings(chat_model, rows_file, output, save_every=2, lora=lora))
+    expected = load_file(whole.adapter_dir / WEIGHTS)
+    torn = output / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    torn.write_text(torn.read_text()[:100])
+    resumed = train(settings(chat_model, rows_file, output, save_every=2, resume=True, lora=lora))
+    found = load_file(resumed.adapter_dir / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"found no checkpoint in .* Set training.save_every"):
         newest_checkpoint(tmp_path / "checkpoints")

@@ -87,6 +87,7 @@ def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
         (SMALL + "training: {eval_every: 5}", "training.eval_every needs rows to evaluate on"),
         (SMALL + "overwrite: true\ntraining: {resume: true}", "overwrite starts anew and training.resume goes on"),
         (SMALL + "lora: {r: 0}", "lora.r"),
+        (SMALL + "lora: {init_lora_weights: eva}", "lora: init_lora_weights='eva' starts from something measured"),
         (SMALL + "lora: {lora_dropout: 1.5}", "lora.lora_dropout"),
         (SMALL + "lora: {rank: 8}", "lora.rank: unknown key, did you mean 'r'?"),
         (SMALL + "rank: 8", "rank: unknown key, did you mean 'lora.r'?"),

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from veneer.config.init_names import OPTIONS_FIELD, split_name
 from veneer.config.sub_configs import SubConfig
 from veneer.errors import ConfigError
-from veneer.init.corda import corda
+from veneer.init.corda import CordaParts, corda
 from veneer.init.eva import eva
 from veneer.init.factors import Components, Factors, Weight
 from veneer.init.loftq import loftq
@@ -25,6 +25,8 @@ from veneer.init.pissa import pissa
 from veneer.init.random import embedding_default, gaussian, kaiming, kaiming_both, normal_both
 
 Initialiser = Callable[..., Factors]
+# What may be measured for one layer.
+Measured = Tensor | Components | CordaParts
 
 INITS: dict[str, Initialiser] = {
     "kaiming": kaiming,
@@ -44,7 +46,7 @@ INITS: dict[str, Initialiser] = {
 # Those that look at nothing but the shape, which can start a grouped convolution as well.
 GROUPED = ("kaiming", "kaiming_both", "gaussian")
 # What the data-driven methods are given.
-_STATS: dict[str, type] = {"eva": Components, "corda": Tensor, "lora_ga": Tensor}
+_STATS: dict[str, tuple[type, ...]] = {"eva": (Components,), "corda": (Tensor, CordaParts), "lora_ga": (Tensor,)}
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def initialise(
     *,
     scale: float = 1.0,
     options: SubConfig | Mapping[str, Any] | None = None,
-    stats: Components | Tensor | None = None,
+    stats: Measured | None = None,
     generator: Generator | None = None,
 ) -> Factors:
     """Factors of the given rank by the method `name`, on the weight's device, in float32.
@@ -63,7 +65,8 @@ def initialise(
     name       a key of `INITS`, or "pissa_niter_" and a number
     scale      s, by which the adapter multiplies B A
     options    the settings of loftq, eva, corda or lora_ga, as their sub-config or a dict; None for the defaults
-    stats      what was measured for this layer. eva: `Components` of its inputs; corda: their covariance, (I, I);
+    stats      what was measured for this layer. eva: `Components` of its inputs; corda: their covariance, (I, I), or
+               `CordaParts`;
                lora_ga: the mean gradient of the weight, (O, I)
     generator  decides every random number; None for torch's own
 
@@ -93,9 +96,10 @@ def initialise(
 def _check_stats(method: str, stats: object) -> None:
     if method not in _STATS:
         raise ConfigError(f"{method!r} takes no stats; {', '.join(_STATS)} do.")
-    kind = _STATS[method]
-    if not isinstance(stats, kind):
-        raise ConfigError(f"{method!r} takes a {kind.__name__} as stats, not {type(stats).__name__}.")
+    kinds = _STATS[method]
+    if not isinstance(stats, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ConfigError(f"{method!r} takes a {names} as stats, not {type(stats).__name__}.")
 
 
 def _placed(X: Tensor, device: torch.device) -> Tensor:
@@ -103,4 +107,14 @@ def _placed(X: Tensor, device: torch.device) -> Tensor:
     return torch.empty(X.shape, dtype=torch.float32, device=device).copy_(X)
 
 
-__all__ = ["GROUPED", "INITS", "Components", "Factors", "Initialiser", "Weight", "initialise"]
+__all__ = [
+    "GROUPED",
+    "INITS",
+    "Components",
+    "CordaParts",
+    "Factors",
+    "Initialiser",
+    "Measured",
+    "Weight",
+    "initialise",
+]

@@ -60,6 +60,10 @@ class EvaComponents:
             needed[owner] = max(needed.get(owner, 0), self.ranks[name])
         return [name for name, pca in self._pca.items() if not pca.ready or not pca.settled[: needed[name]].all()]
 
+    def unmeasured(self) -> dict[str, int]:
+        """{layer: how many rows a batch must have} for layers that have no components yet."""
+        return {name: pca.components for name, pca in self._pca.items() if not pca.ready}
+
     def update(self, name: str, X_NI: Tensor) -> bool:
         """Take in the inputs of one layer; False if they were passed over, being fewer rows than components.
 

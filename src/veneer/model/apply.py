@@ -31,6 +31,7 @@ from veneer.model.overlay import (
 from veneer.model.plan import Plan, plan
 from veneer.model.statistics import forget_statistics, kept_statistics
 from veneer.model.tensors import copy_tensors
+from veneer.model.waiting import stop_waiting, wait_for_data
 from veneer.targets import Resolution
 
 _Arguments = ParamSpec("_Arguments")
@@ -131,7 +132,8 @@ def _carry_out(
     if tensors is not None:
         copy_tensors(model, name, tensors)
     else:
-        forget_statistics(model)
+        forget_statistics(model, todo.config)
+        wait_for_data(model, name)
     protect_checkpointing(model)
     activate(model, (name,) if first else overlay.route.active)
 
@@ -144,7 +146,7 @@ def _made(
     if tensors is not None:
         made = [saved_adapter(model, site, config, tensors, float32=float32) for site in sites]
     else:
-        stats = kept_statistics(model, config)
+        stats = kept_statistics(model, config, [site.path for site in sites])
         made = [
             new_adapter(model, site, config, stats=stats.get(site.path), float32=float32, generator=generator)
             for site in sites
@@ -170,6 +172,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     for table in (overlay.configs, overlay.resolutions, overlay.trainable):
         table.pop(name)
     follow_invocations(model, overlay)
+    stop_waiting(model, name)
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))
     else:

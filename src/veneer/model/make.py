@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from veneer.config import LoraConfig
 from veneer.config.init_names import FROZEN, OPTIONS_FIELD
 from veneer.errors import ConfigError
-from veneer.init import Components, Factors, Weight, initialise
+from veneer.init import Factors, Measured, Weight, initialise
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.token_rows import TokenRows
@@ -36,7 +36,7 @@ def new_adapter(
     site: Site,
     config: LoraConfig,
     *,
-    stats: Tensor | Components | None = None,
+    stats: Measured | None = None,
     float32: bool = True,
     generator: Generator | None = None,
 ) -> Made:
@@ -116,7 +116,7 @@ def first_rows(model: nn.Module, site: TokenSite, *, float32: bool = True) -> To
 
 
 def _started(
-    layer: Layer, site: Site, config: LoraConfig, stats: Tensor | Components | None, generator: Generator | None
+    layer: Layer, site: Site, config: LoraConfig, stats: Measured | None, generator: Generator | None
 ) -> Factors:
     """A and B as matrices, as the config's initialisation makes them. Raises ConfigError naming the layer."""
     name = _init_name(site, config, stats)
@@ -153,7 +153,7 @@ def _base(layer: Layer, site: Site, made: Factors) -> Tensor | None:
     return site.kind.from_matrix(made.base.to(W.dtype), W.shape)
 
 
-def _init_name(site: Site, config: LoraConfig, stats: Tensor | Components | None) -> str:
+def _init_name(site: Site, config: LoraConfig, stats: Measured | None) -> str:
     choice = config.init_lora_weights
     if choice == "eva" and stats is None:  # waits for its data
         choice = True

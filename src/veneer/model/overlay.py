@@ -28,6 +28,7 @@ class Overlay:
     trainable  whether the adapter may get gradients; False for one that was loaded for use
     not_by_rows  why an adapter cannot serve rows of a batch, as found for a resolution
     idle       sites an adapter has and does not use since one with fewer layers was swapped in: zero there
+    waiting    adapters whose initialisation (EVA) has not seen its data yet
     originals  while adapters are merged: the base's parameters by (path, name), to be put back as they were
     """
 
@@ -39,6 +40,7 @@ class Overlay:
     trainable: dict[str, bool] = field(default_factory=dict)
     not_by_rows: dict[str, tuple[Resolution, tuple[str, ...]]] = field(default_factory=dict)
     idle: dict[str, tuple[Site, ...]] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
     originals: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
 
     def check_names(self, names: Iterable[str]) -> None:

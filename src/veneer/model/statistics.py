@@ -1,17 +1,20 @@
 """What was measured on data for an initialisation, kept on the model until the adapter is made."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.config.init_names import DATA_DRIVEN, split_name
-from veneer.errors import ConfigError
-from veneer.init import Components
+from veneer.errors import ConfigError, bullet_list
+from veneer.init import Measured
 
-Statistics = Mapping[str, Tensor | Components]
+Statistics = Mapping[str, Measured]
 _ATTRIBUTE = "_veneer_statistics"
-_MEASURE = {"corda": "preprocess_corda(model, config, run_model)", "lora_ga": "preprocess_loraga(model, config, step)"}
+_MEASURE = {
+    "corda": "preprocess_corda(model, config, run_model)",
+    "lora_ga": "preprocess_loraga(model, config, train_step)",
+}
 
 
 def data_driven(config: LoraConfig) -> str | None:
@@ -26,22 +29,33 @@ def keep_statistics(model: nn.Module, method: str, statistics: Statistics) -> No
     vars(model)[_ATTRIBUTE] = (method, dict(statistics))
 
 
-def kept_statistics(model: nn.Module, config: LoraConfig) -> Statistics:
+def kept_statistics(model: nn.Module, config: LoraConfig, paths: Iterable[str]) -> Statistics:
     """What was measured for the config's initialisation; empty if it needs nothing, or if EVA waits for its data.
+
+    paths  the layers that will be adapted
 
     Raises ConfigError if it needs what was not measured.
     """
     wanted = data_driven(config)
-    method, statistics = vars(model).get(_ATTRIBUTE, (None, {}))
-    if wanted is None or wanted == method:
-        return statistics if wanted else {}
-    if wanted == "eva":
+    if wanted is None or wanted == "eva":  # EVA is given its data once the adapter is there
         return {}
+    method, statistics = vars(model).get(_ATTRIBUTE, (None, {}))
+    if wanted == method:
+        if missing := [path for path in paths if path not in statistics]:
+            raise ConfigError(
+                bullet_list(
+                    f"init_lora_weights={wanted!r}: {len(missing)} layer(s) were not measured. Give "
+                    f"{_MEASURE[wanted].partition('(')[0]} the config that the adapter is made with:",
+                    missing[:6],
+                )
+            )
+        return statistics
     raise ConfigError(
         f"init_lora_weights={wanted!r} needs something measured on data first: call {_MEASURE[wanted]}, then attach."
     )
 
 
-def forget_statistics(model: nn.Module) -> None:
-    """Free what was kept."""
-    vars(model).pop(_ATTRIBUTE, None)
+def forget_statistics(model: nn.Module, config: LoraConfig) -> None:
+    """Free what was kept, unless the config the adapter was made with says that another one will use it."""
+    if config.corda_config is None or config.corda_config.prune_temporary_fields:
+        vars(model).pop(_ATTRIBUTE, None)

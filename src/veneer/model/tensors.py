@@ -12,6 +12,7 @@ from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
+from veneer.model.waiting import stop_waiting
 from veneer.storage import keys
 from veneer.storage.adapter_file import Expected
 from veneer.targets import Resolution, Site
@@ -196,3 +197,4 @@ def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
         for key, value in adapter_tensors(model, name).items():
             if key in tensors or not key.endswith(START):
                 value.copy_(tensors[key])
+    stop_waiting(model, name)

@@ -21,17 +21,25 @@ _RENAME_EXCHANGE = 2
 
 def write_file(path: Path, content: bytes) -> None:
     """Put `content` at `path` in one step: the file is old or new, whatever happens. Follows no symbolic link."""
+    fill_file(path, lambda stage: _write_new(stage, content))
+
+
+def fill_file(path: Path, fill: Callable[[Path], None]) -> None:
+    """Put at `path`, in one step, what `fill(stage)` writes to a new file beside it. Follows no symbolic link."""
     _sweep(path, path.parent)
     stage = path.parent / _stage_name(path)
     try:
-        with stage.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        fill(stage)
+        _sync(stage)
         stage.replace(path)
     finally:
         stage.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    with path.open("xb") as stream:
+        stream.write(content)
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -65,9 +65,16 @@ class Lora(Section):
     alpha_pattern: dict[str, Finite] = {}
 
     def config(self) -> "LoraConfig":
-        """The LoraConfig these fields make; ConfigError if they cannot be right."""
+        """The LoraConfig these fields make; ConfigError if they cannot be right, or need data that a run has not."""
         from veneer import LoraConfig
+        from veneer.config.init_names import DATA_DRIVEN
+        from veneer.errors import ConfigError
 
+        if self.init_lora_weights in DATA_DRIVEN:
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} starts from something measured on data, which a run "
+                "does not do yet. Use it from Python, or choose another start: pissa, olora, orthogonal, …"
+            )
         return LoraConfig(**self.model_dump(), task_type="CAUSAL_LM")
 
 
