@@ -1,12 +1,9 @@
 """docs/adapters.md: its blocks run, in order."""
 
 import re
-import warnings
 from pathlib import Path
 
 import pytest
-
-from veneer.errors import VeneerWarning
 
 PAGE = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -17,8 +14,5 @@ def test_the_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "adapters_page"}
     for number, block in enumerate(BLOCKS):
-        with warnings.catch_warnings():
-            # one block attaches EVA before it measures, which is warned of
-            warnings.simplefilter("ignore" if "eva" in block else "error", VeneerWarning)
-            exec(compile(block, f"block {number} of docs/adapters.md", "exec"), names)
+        exec(compile(block, f"block {number} of docs/adapters.md", "exec"), names)
     assert "trainable params" in capsys.readouterr().out

@@ -3,13 +3,12 @@
 Trained before, it would start as any other adapter does, and nobody would notice. So its model refuses to.
 """
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from veneer.errors import AttachError, VeneerWarning
+from veneer.errors import AttachError
 from veneer.model.overlay import overlay_needed, overlay_of
 from veneer.model.statistics import data_driven
 
@@ -33,14 +32,13 @@ class RefuseTraining:
 
 
 def wait_for_data(model: nn.Module, name: str) -> None:
-    """Note that an adapter waits, if its initialisation is one that comes later; say so once."""
+    """Note that an adapter waits, if its initialisation is one that comes later."""
     overlay = overlay_needed(model)
     if data_driven(overlay.configs[name]) != "eva":
         return
     overlay.waiting.add(name)
     if not any(isinstance(hook, RefuseTraining) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(RefuseTraining())
-    warnings.warn(f"Adapter {name!r} starts from data (EVA): {_CALL}.", VeneerWarning, stacklevel=6)
 
 
 def stop_waiting(model: nn.Module, name: str) -> None:
