@@ -26,7 +26,6 @@ APART = ["q_proj", "up_proj", "down_proj"]  # no two share their input
 EVA = {"tau": 0.9, "rho": 2.0}
 QUIET = {"show_progress_bar": False}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*starts from data")
 
 
 def batches(count=4, rows=8, tokens=12, vocabulary=64):
