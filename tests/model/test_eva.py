@@ -27,7 +27,6 @@ EVA = {"tau": 0.9, "rho": 2.0}
 QUIET = {"show_progress_bar": False}
 
 
-
 def batches(count=4, rows=8, tokens=12, vocabulary=64):
     generator = torch.Generator().manual_seed(11)
     found = []
