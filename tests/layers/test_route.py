@@ -113,6 +113,16 @@ def test_switching_between_forward_and_backward_does_not_change_gradients(reentr
         torch.testing.assert_close(found[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_checkpointing_switched_on_on_the_bare_model_is_protected_too():
+    expected = checkpointed(False)
+    found = checkpointed(False)
+    found.get_base_model().activation_checkpointing_disable()
+    found.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    want, have = gradients(expected, switch=False), gradients(found, switch=True)
+    for name, gradient in want.items():
+        torch.testing.assert_close(have[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_checkpointing_that_was_on_before_attaching_is_protected_too():
     base = tiny.llama()
     base.activation_checkpointing_enable({"use_reentrant": False})
@@ -120,6 +130,8 @@ def test_checkpointing_that_was_on_before_attaching_is_protected_too():
     functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     assert all(isinstance(f, RoutedCheckpoint) for f in functions if f is not None)
     assert any(functions)
+    assert "_set_gradient_checkpointing" in vars(base)
     plain = model.unload()
+    assert "_set_gradient_checkpointing" not in vars(plain)
     functions = [vars(m).get("_gradient_checkpointing_func") for m in plain.modules()]
     assert not any(isinstance(f, RoutedCheckpoint) for f in functions)

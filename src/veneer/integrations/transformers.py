@@ -15,7 +15,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, AttachError
 from veneer.layers import swap
 from veneer.model.apply import add_adapter as _add_adapter
-from veneer.model.apply import protect_checkpointing, set_enabled
+from veneer.model.apply import set_enabled
 from veneer.model.batch import serving
 from veneer.model.files import load_adapter as _load_adapter
 from veneer.model.files import read_checked, save_adapter
@@ -97,11 +97,6 @@ class AdaptedModel(swap.Front):
         name = _only_active(self, f"Not saved to {save_directory}")
         if is_main_process:
             save_adapter(self, name, Path(save_directory), state=state_dict)
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        # where all of transformers' ways to switch checkpointing on end: recompute on the route of forward time
-        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[operator]
-        protect_checkpointing(self)
 
     def __call__(
         self,

@@ -15,8 +15,8 @@ from veneer.config import LoraConfig
 from veneer.errors import MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, token_rows
 from veneer.layers.replication import replicated, replication_of
-from veneer.layers.route import RoutedCheckpoint
 from veneer.layers.stand_in import StandIns
+from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
 from veneer.model.invocation import follow_invocations
 from veneer.model.make import Made, first_rows, new_adapter, saved_adapter, tied_adapter
 from veneer.model.overlay import (
@@ -24,7 +24,6 @@ from veneer.model.overlay import (
     hang,
     overlay_made_for,
     overlay_needed,
-    overlay_of,
     own_parameters,
     take_down,
 )
@@ -176,7 +175,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))
     else:
-        _unprotect_checkpointing(model)
+        unprotect_checkpointing(model)
         take_down(model)
         if (stack := replication_of(model)) is not None:
             stack.take_back(model)
@@ -237,21 +236,3 @@ def plain_base(model: nn.Module, overlay: Overlay) -> Iterator[None]:
         yield
     finally:
         place_stand_ins(model, overlay)
-
-
-def protect_checkpointing(model: nn.Module) -> None:
-    """Let transformers' gradient checkpointing recompute on the route of forward time."""
-    overlay = overlay_of(model)
-    if overlay is None:
-        return
-    for module in model.modules():
-        function = vars(module).get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, RoutedCheckpoint):
-            vars(module)["_gradient_checkpointing_func"] = RoutedCheckpoint(function, overlay.route)
-
-
-def _unprotect_checkpointing(model: nn.Module) -> None:
-    for module in model.modules():
-        function = vars(module).get("_gradient_checkpointing_func")
-        if isinstance(function, RoutedCheckpoint):
-            vars(module)["_gradient_checkpointing_func"] = function.checkpoint

@@ -12,7 +12,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, VeneerWarning
 from veneer.functional.combine import Combination
 from veneer.model import merge
-from veneer.model.apply import activate, add_adapter, follow_route, protect_checkpointing, remove_adapter, set_enabled
+from veneer.model.apply import activate, add_adapter, follow_route, remove_adapter, set_enabled
 from veneer.model.batch import serving
 from veneer.model.overlay import Overlay, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
@@ -227,7 +227,6 @@ class AdapterMethods(nn.Module):
         """transformers' own, such that recomputation uses the adapters of forward time."""
         enable: Callable[..., None] = self.bare.activation_checkpointing_enable  # type: ignore[assignment]
         enable(*args, **kwargs)
-        protect_checkpointing(self.bare)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """The older name of `activation_checkpointing_enable`."""
