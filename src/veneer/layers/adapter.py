@@ -110,6 +110,13 @@ class Adapter(nn.Module):
         """The weight W with this adapter in it; `base` is the weight before any adapter. Both in one dtype."""
         return RULES[self.rule].merged(self, W, base)
 
+    def gain(self, base: Tensor, delta: Tensor) -> Tensor:
+        """What DoRA multiplies each output by, of shape (O,); `base` as for `merged`, `delta` the update of it."""
+        assert self.lora_magnitude is not None
+        with torch.no_grad():
+            norms_O = self.kind.row_norms(base + delta)
+        return dora.gain(self.lora_magnitude.to(base.dtype), norms_O)
+
     def bias_delta(self, dtype: torch.dtype) -> Tensor | None:
         """What the adapter adds to the layer's bias, of shape (O,); None if nothing."""
         return None if self.lora_bias is None else self.lora_bias.to(dtype) * self.scale
@@ -153,12 +160,8 @@ def _dora_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: Layer, p: float
 
 
 def _dora_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
-    kind = adapter.kind
-    assert adapter.lora_magnitude is not None
-    delta = adapter.delta(W.shape, W.dtype)
-    with torch.no_grad():
-        norms_O = kind.row_norms(base + delta)
-    g_O = dora.gain(adapter.lora_magnitude.to(W.dtype), norms_O)
+    kind, delta = adapter.kind, adapter.delta(W.shape, W.dtype)
+    g_O = adapter.gain(base, delta)
     return kind.from_matrix(kind.to_matrix(W + delta) * g_O.unsqueeze(1), W.shape)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AttachError
+from veneer.errors import AttachError, MergeError
 
 BASE = "__base__"  # where rows name their adapters: none
 
@@ -145,6 +145,7 @@ class Route:
     merged   the adapters that are part of the weights just now, and so must not be added again
     acting   what follows: the adapters whose effect the output has, added or merged
     plan     and those of them that layers must add, each with its part of the batch
+    standing the adapters whose biases or weights stand in the place of the base's just now
     invoked  the adapters that act from certain tokens on; the model's forward says where that is
     prompt   within a call of generate, or one with alora_offsets: where they start to act
     """
@@ -155,6 +156,7 @@ class Route:
         self.merged: tuple[str, ...] = ()
         self.acting: tuple[str, ...] = ()
         self.plan: tuple[Step, ...] = ()
+        self.standing: tuple[str, ...] = ()
         self.invoked: frozenset[str] = frozenset()
         self.prompt: Prompt | None = None
 
@@ -218,10 +220,19 @@ class RoutedCheckpoint:
         self.route = route
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `function` under the wrapped checkpointing, now and at recompute on the route of now."""
-        acting, plan = self.route.acting, self.route.plan
+        """Run `function` under the wrapped checkpointing, now and at recompute on the route of now.
+
+        Raises MergeError at recompute if the weights of the base are others by then.
+        """
+        acting, plan, weights = self.route.acting, self.route.plan, (self.route.merged, self.route.standing)
 
         def run(*inputs: Any, **named: Any) -> Any:
+            if weights != (self.route.merged, self.route.standing):
+                raise MergeError(
+                    "Between forward and backward, adapters were merged or unmerged, or one was switched that replaces "
+                    "biases or weights of the base, so gradient checkpointing cannot compute the forward again: call "
+                    "backward before that, or put things back first."
+                )
             with self.route.following(acting, plan):
                 return function(*inputs, **named)
 

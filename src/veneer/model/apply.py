@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.errors import MergeError
+from veneer.errors import AttachError, MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, token_rows
 from veneer.layers.replication import replicated, replication_of
 from veneer.layers.stand_in import StandIns
@@ -194,11 +194,28 @@ def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
 
 @one_at_a_time
 def activate(model: nn.Module, names: Iterable[str]) -> None:
-    """Let these adapters act, in this order, and only them train. Raises AdapterNameError for an unknown name."""
+    """Let these adapters act, in this order, and only them train.
+
+    Raises AdapterNameError for an unknown name, or AttachError if two of them have replaced the same weight.
+    """
     overlay, names = overlay_needed(model), tuple(names)
     overlay.check_names(names)
+    check_bases(overlay, names)
     overlay.route.set(active=names)
     follow_route(model, overlay)
+
+
+def check_bases(overlay: Overlay, names: Iterable[str]) -> None:
+    """Raise AttachError if two of these adapters have replaced the same weight, as LoftQ does."""
+    owners: dict[str, str] = {}
+    for name in names:
+        for weight in overlay.bases[name].names if name in overlay.bases else ():
+            if weight in owners:
+                raise AttachError(
+                    f"Adapters {owners[weight]!r} and {name!r} have each replaced {weight} (init_lora_weights='loftq'), "
+                    "and only one can stand there: let one of them act at a time."
+                )
+            owners[weight] = name
 
 
 @one_at_a_time
@@ -219,12 +236,15 @@ def follow_route(model: nn.Module, overlay: Overlay) -> None:
 
 
 def place_stand_ins(model: nn.Module, overlay: Overlay) -> None:
-    """Give the base the biases and weights that go with the adapters that act."""
+    """Give the base the biases and weights that go with the adapters that act: first off, then on, for one weight."""
     for name, biases in overlay.biases.items():
         acting = name in overlay.route.acting
         biases.act(model, acting, trainable=acting and overlay.trainable[name])
-    for name, bases in overlay.bases.items():
-        bases.act(model, name in overlay.route.acting, trainable=False)
+    for now in (False, True):
+        for name, bases in overlay.bases.items():
+            if (name in overlay.route.acting) == now:
+                bases.act(model, now, trainable=False)
+    overlay.route.standing = tuple(name for name in (*overlay.biases, *overlay.bases) if name in overlay.route.acting)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.replication import replication_of
 from veneer.layers.weights import is_offloaded, read, stored
-from veneer.model.apply import one_at_a_time, place_stand_ins, remove_adapter, set_enabled
+from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
@@ -31,14 +31,14 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     names = _checked(model, overlay, names)
     with _standing_in(model, overlay, names):
         merged = dict(_merged_parameters(model, names))
+    overlay.route.set(merged=names)
+    place_stand_ins(model, overlay)  # before the merged weights are there, which none of them stands in for
     sources = sources_of(model, names)
     for (path, parameter), value in merged.items():
         for tied in one_with(sources, path):
             layer: Layer = model.get_submodule(tied)
             overlay.originals[tied, parameter] = layer._parameters[parameter]
         put_merged(model, sources, path, parameter, value)
-    overlay.route.set(merged=names)
-    place_stand_ins(model, overlay)
     return names
 
 
@@ -90,18 +90,25 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
 
 @one_at_a_time
 def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
-    """Fold adapters into the weights for good and take every adapter off; returns the same model.
+    """Fold adapters (the merged or active ones, unless named) into the weights for good, and take every adapter off.
 
-    Weights are checked in a first pass and written in a second, layer by layer, so that no second model is held.
+    Returns the same model. Weights are checked in a first pass and written in a second, layer by layer, so that no second model is held.
     Raises AdapterNameError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
-    if overlay.route.merged:
+    before = overlay.route.merged
+    names = before if before and names is None else names
+    if before:
         unmerge(model)
-    names = _checked(model, overlay, names)
-    with _standing_in(model, overlay, names):
-        for _ in _merged_parameters(model, names):
-            pass
+    try:
+        names = _checked(model, overlay, names)
+        with _standing_in(model, overlay, names):
+            for _ in _merged_parameters(model, names):
+                pass
+    except BaseException:
+        if before:
+            merge(model, before)
+        raise
     overlay.route.set(active=names)
     place_stand_ins(model, overlay)
     sources = sources_of(model, names)
@@ -153,6 +160,7 @@ def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) ->
             f"Adapter {invoked[0]!r} acts from its alora_invocation_tokens on only, and merged weights would act on "
             "every token: it cannot be merged."
         )
+    check_bases(overlay, names)
     check_rows(model, names)
     owners: dict[str, str] = {}
     for name in names:
@@ -199,7 +207,7 @@ def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple
             )
             continue
         with torch.no_grad():
-            merged, bias = _merged_weight(layer, parameter, adapters), _merged_bias(layer, adapters)
+            merged, bias = _merged_weight(layer, parameter, adapters), _merged_bias(layer, parameter, adapters)
         if _adds_bias(adapters) and bias is None:
             problems.append(f"{path} has no bias that could take in the adapter's (lora_bias)")
         elif why := adapters[0].kind.refuse_merge(layer, merged):
@@ -233,21 +241,35 @@ def _adds_bias(adapters: Sequence[Adapter]) -> bool:
 
 
 def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor:
-    weight = adapters[0].kind.as_used(layer, read(layer, parameter))
-    base = weight.to(_exact(weight))
+    base = _base(layer, parameter, adapters)
     total = base
     for adapter in adapters:
         total = adapter.merged(total, base)
-    return total.to(weight.dtype)
+    return total.to(read(layer, parameter).dtype)
 
 
-def _merged_bias(layer: Layer, adapters: Sequence[Adapter]) -> Tensor | None:
-    """The layer's bias with those of the adapters; None if none of them has one, or the layer has none."""
+def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor | None:
+    """The layer's bias with those of the adapters; None if none of them has one, or the layer has none.
+
+    DoRA multiplies the output so far without the layer's own bias, and so the biases of adapters before it.
+    """
     bias = layer._parameters.get("bias")
     if bias is None or not _adds_bias(adapters):
         return None
-    deltas = (adapter.bias_delta(_exact(bias)) for adapter in adapters)
-    return sum((delta for delta in deltas if delta is not None), bias.to(_exact(bias))).to(bias.dtype)
+    total = torch.zeros_like(bias, dtype=_exact(bias))
+    for adapter in adapters:
+        if adapter.lora_magnitude is not None:
+            base = _base(layer, parameter, adapters)
+            total = total * adapter.gain(base, adapter.delta(base.shape, base.dtype))
+        if (delta := adapter.bias_delta(total.dtype)) is not None:
+            total = total + delta
+    return (bias.to(total.dtype) + total).to(bias.dtype)
+
+
+def _base(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor:
+    """The weight before any adapter, in the dtype that sums are made in."""
+    weight = adapters[0].kind.as_used(layer, read(layer, parameter))
+    return weight.to(_exact(weight))
 
 
 def _exact(weight: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, VeneerWarning
 from veneer.functional.combine import Combination
 from veneer.model import merge
-from veneer.model.apply import activate, add_adapter, follow_route, remove_adapter, set_enabled
+from veneer.model.apply import activate, add_adapter, check_bases, follow_route, remove_adapter, set_enabled
 from veneer.model.batch import serving
 from veneer.model.overlay import Overlay, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
@@ -111,12 +111,14 @@ class AdapterMethods(nn.Module):
 
         inference_mode  freeze what becomes active
 
-        An adapter that was loaded frozen stays frozen; `set_requires_grad` changes that. Raises AdapterNameError.
+        An adapter that was loaded frozen stays frozen; `set_requires_grad` changes that.
+        Raises AdapterNameError, or AttachError if two of them have replaced the same weight (LoftQ).
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if not names:
             raise AdapterNameError("set_adapter needs a name; to let none act, use disable_adapter().")
         self._overlay.check_names(names)
+        check_bases(self._overlay, names)
         if self._overlay.route.merged:
             self.unmerge_adapter()
         if inference_mode:
