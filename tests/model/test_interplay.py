@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import tiny
 import veneer
+from parity import oracle
 from veneer.errors import AdapterNameError, AttachError, MergeError
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -202,3 +203,14 @@ class TestCheckpointing:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert_close(found[name], value)
+
+
+def test_peft_trains_no_more_modules_than_were_named(tmp_path):
+    config = veneer.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])  # PEFT: input_layernorm too
+    model = tiny.shake(veneer.get_peft_model(tiny.llama(), config))
+    assert model.peft_config["default"].modules_to_save == ["model.norm"]
+    model.save_pretrained(tmp_path)
+    expected = model(tiny.ids()).logits
+    assert_close(oracle.read_by_peft(tiny.llama(), tmp_path)(tiny.ids()).logits, expected, rtol=1e-4, atol=1e-5)
+    again = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert torch.equal(again(tiny.ids()).logits, expected)

@@ -212,8 +212,8 @@ def check_bases(overlay: Overlay, names: Iterable[str]) -> None:
         for weight in overlay.bases[name].names if name in overlay.bases else ():
             if weight in owners:
                 raise AttachError(
-                    f"Adapters {owners[weight]!r} and {name!r} have each replaced {weight} (init_lora_weights='loftq'), "
-                    "and only one can stand there: let one of them act at a time."
+                    f"Adapters {owners[weight]!r} and {name!r} have each replaced {weight} "
+                    "(init_lora_weights='loftq'), and only one can stand there: let one of them act at a time."
                 )
             owners[weight] = name
 

@@ -92,8 +92,8 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
 def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
     """Fold adapters (the merged or active ones, unless named) into the weights for good, and take every adapter off.
 
-    Returns the same model. Weights are checked in a first pass and written in a second, layer by layer, so that no second model is held.
-    Raises AdapterNameError or MergeError, and then nothing has changed.
+    Returns the same model. Weights are checked in a first pass and written in a second, layer by layer, so that no
+    second model is held. Raises AdapterNameError, AttachError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
     before = overlay.route.merged

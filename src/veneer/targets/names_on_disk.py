@@ -25,10 +25,10 @@ def names_on_disk(
     others = [path for path in structure.modules if path not in harmless and not inside(path, saved)]
     drops = selector(config.exclude_modules) if config.exclude_modules else lambda path: False
     others = [path for path in others if not drops(path)]
-    taken = {suffix for path in others for suffix in _suffixes(path)}
+    taken = {suffix for path in others for suffix in suffixes(path)}
     names: set[str] = set()
     for path in paths:
-        name = next((suffix for suffix in _suffixes(path) if suffix not in taken), None)
+        name = next((suffix for suffix in suffixes(path) if suffix not in taken), None)
         if name is None:
             other = next(other for other in others if named([path], other))
             raise TargetError(
@@ -39,10 +39,10 @@ def names_on_disk(
     return sorted(names)
 
 
-def _suffixes(path: str) -> list[str]:
+def suffixes(path: str) -> list[str]:
     """The ends of a path at dots, shortest first.
 
-    >>> _suffixes("layers.0.q_proj")
+    >>> suffixes("layers.0.q_proj")
     ['q_proj', '0.q_proj', 'layers.0.q_proj']
     """
     parts = path.split(".")

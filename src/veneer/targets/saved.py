@@ -5,7 +5,8 @@ import warnings
 from veneer.config import LoraConfig, TaskType
 from veneer.errors import VeneerWarning
 from veneer.targets.findings import Findings
-from veneer.targets.names import named
+from veneer.targets.names import inside, named
+from veneer.targets.names_on_disk import suffixes
 from veneer.targets.structure import Structure
 from veneer.targets.suggest import explain_unmatched
 
@@ -35,4 +36,21 @@ def saved_modules(structure: Structure, config: LoraConfig, findings: Findings) 
         )
     paths = [path for path in structure.modules if named(names, path)]
     outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
-    return names, outermost
+    on_disk = [[name] if name in heads else _for_peft(name, structure, outermost) for name in names]
+    return [name for some in on_disk for name in some], outermost
+
+
+def _for_peft(name: str, structure: Structure, paths: list[str]) -> list[str]:
+    """The name, or longer ones where PEFT, which looks at the letters that a path ends with, would take more modules.
+
+    `norm`, say, is `input_layernorm` to PEFT too.
+    """
+    others = [path for path in structure.modules if path.endswith(name) and path not in paths]
+    others = [path for path in others if not inside(path, paths)]
+    mine = [path for path in paths if named([name], path)]
+    if not others or not mine:
+        return [name]
+    found = dict.fromkeys(
+        next((end for end in suffixes(path) if not any(other.endswith(end) for other in others)), name) for path in mine
+    )
+    return list(found)
