@@ -1,7 +1,7 @@
 """An adapter on a model, seen as the tensors of an adapter file: names, shapes and values."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +76,18 @@ def expected_tensors(model: nn.Module, resolution: Resolution) -> dict[str, Expe
     return expected
 
 
-def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | None]:
+def repeated_keys(model: nn.Module, resolution: Resolution, given: Iterable[str] = ()) -> dict[str, str | None]:
     """Names under which PEFT repeats what the file or the base holds, each with the base parameter it must equal.
+
+    given  the names in the file, among which are some with the name that the adapter had in PEFT
 
     Those with None repeat another tensor of the file.
     """
     repeated: dict[str, str | None] = {}
     for path in embeddings(model):
-        repeated[keys.saved(path, "weight")] = f"{path}.weight"
+        for name in _base_names(model.get_submodule(path)):
+            inner, _, last = f"{path}.{name}".rpartition(".")
+            repeated[keys.saved(path, name)] = repeated[keys.base_parameter(inner, last)] = f"{path}.{name}"
     for site in resolution.sites:
         if not site.by_weight:
             repeated[keys.base_weight(site.path)] = f"{site.path}.weight"
@@ -92,10 +96,17 @@ def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | N
             copied, original = keys.inside_saved(path, name)
             repeated[copied] = None
             repeated[original] = f"{path}.{name}"
+            repeated |= dict.fromkeys(key for key in given if keys.is_inside_saved(key, path, name))
     for path in (path for site in resolution.token_rows for path in site.paths):
         repeated[keys.below_token_rows(path)] = f"{path}.weight"
         repeated[keys.token_rows(path)] = None
     return repeated
+
+
+def _base_names(module: nn.Module) -> list[str]:
+    """The names of what a module holds by itself, without the adapters in it."""
+    ours = {attach.CHILD, saved_module.CHILD, row_module.CHILD}
+    return [name for name in module.state_dict() if not ours & set(name.split("."))]
 
 
 def replaced_rows(resolution: Resolution) -> dict[str, tuple[int, ...]]:

@@ -1,11 +1,12 @@
 """`modules_to_save`: which modules are trained in full, with the head that a classification task brings."""
 
 import warnings
+from collections.abc import Iterable
 
 from veneer.config import LoraConfig, TaskType
 from veneer.errors import VeneerWarning
 from veneer.targets.findings import Findings
-from veneer.targets.names import named
+from veneer.targets.names import ends, inside, named
 from veneer.targets.structure import Structure
 from veneer.targets.suggest import explain_unmatched
 
@@ -35,4 +36,25 @@ def saved_modules(structure: Structure, config: LoraConfig, findings: Findings) 
         )
     paths = [path for path in structure.modules if named(names, path)]
     outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
-    return names, outermost
+    return _read_alike(structure, names, outermost), outermost
+
+
+def _read_alike(structure: Structure, names: list[str], saved: list[str]) -> list[str]:
+    """The names, longer where PEFT would read more in them: to it "norm" means "input_layernorm" as well."""
+    others = [path for path in structure.modules if not inside(path, saved)]
+    found: list[str] = []
+    for name in names:
+        mine = [path for path in saved if named([name], path)]
+        if not mine or not any(path.endswith(name) for path in others):
+            found.append(name)
+            continue
+        for path in mine:
+            longer = (end for end in ends(path) if not any(other.endswith(end) for other in others))
+            found.append(next(longer, name))
+    return list(dict.fromkeys(found))
+
+
+def read_by_ending(modules: Iterable[str], config: LoraConfig) -> list[str]:
+    """Paths that PEFT finds in modules_to_save beyond those named: it looks at ends, wherever a name begins."""
+    names = config.modules_to_save or []
+    return [path for path in modules if any(map(path.endswith, names)) and not named(names, path)]
