@@ -16,6 +16,7 @@ from veneer.errors import AdapterFileError, VeneerWarning, bullet_list
 from veneer.layers.replication import replicated
 from veneer.layers.saved_module import original_state
 from veneer.model.apply import carry_out, one_at_a_time
+from veneer.model.make import saved_dtypes
 from veneer.model.overlay import adapters_by_site, overlay_needed
 from veneer.model.plan import plan
 from veneer.model.start import (
@@ -29,6 +30,7 @@ from veneer.model.start import (
 )
 from veneer.model.tensors import (
     adapter_tensors,
+    check_range,
     expected_tensors,
     repeated_keys,
     replaced_rows,
@@ -136,6 +138,7 @@ def load_adapter(
     todo = plan(model, name, config, strict=False)
     with replicated(model, todo.config.layer_replication):
         tensors = _checked_tensors(model, folder, todo.resolution, header)
+        check_range(folder, tensors, saved_dtypes(model, todo.resolution, float32=float32))
     carry_out(model, todo, tensors=tensors, float32=float32)
     return todo.config
 

@@ -21,6 +21,7 @@ from veneer.model.overlay import adapted_part, overlay_needed, overlay_of
 from veneer.model.start import START
 from veneer.model.tensors import (
     adapter_tensors,
+    check_range,
     copy_tensors,
     expected_tensors,
     repeated_keys,
@@ -120,7 +121,9 @@ def set_peft_model_state_dict(
     fits = _Fit(part, overlay.resolutions[adapter_name], given)
     fits.check(f"adapter {adapter_name!r}", strict=strict, ignore_sizes=ignore_mismatched_sizes)
     check_repeats_base(part, "The state dict", given, fits.repeated)
-    copy_tensors(part, adapter_name, {**adapter_tensors(part, adapter_name), **fits.usable})
+    own = adapter_tensors(part, adapter_name)
+    check_range("The state dict", fits.usable, {key: value.dtype for key, value in own.items()})
+    copy_tensors(part, adapter_name, {**own, **fits.usable})
     left = [*fits.missing, *fits.mismatched]
     return LoadResult([key for key in fits.expected if key in left], fits.unexpected)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import AdapterFileError, bullet_list
 from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
@@ -112,6 +113,24 @@ def _base_names(module: nn.Module) -> list[str]:
 def replaced_rows(resolution: Resolution) -> dict[str, tuple[int, ...]]:
     """The rows of base weights that the adapter has its own of, by parameter name."""
     return {f"{path}.weight": site.tokens for site in resolution.token_rows for path in site.paths}
+
+
+def check_range(source: object, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise AdapterFileError naming the values that would become infinite in the dtype that they are to have."""
+    too_large = [
+        f"{key} ({tensors[key].dtype} into {dtype})"
+        for key, dtype in dtypes.items()
+        if key in tensors and _narrower(dtype, tensors[key].dtype) and tensors[key].to(dtype).isinf().any()
+    ]
+    if too_large:
+        raise AdapterFileError(
+            bullet_list(f"{source}: values too large for the model they go into, load it in float32:", too_large[:6])
+        )
+
+
+def _narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    floating = dtype.is_floating_point and than.is_floating_point
+    return floating and torch.finfo(dtype).max < torch.finfo(than).max
 
 
 def tied_keys(resolution: Resolution) -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:
