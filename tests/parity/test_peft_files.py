@@ -109,3 +109,21 @@ def test_the_file_of_an_older_peft(tmp_path):
     ours = veneer.PeftModel.from_pretrained(family.model(), tmp_path).eval()
     with torch.no_grad():
         assert_close(logits(ours, family), logits(theirs, family), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("corda_config", {"corda_method": "ipm", "verbose": False}),
+        ("lora_ga_config", {"direction": "ArB2r", "scale": "stable", "stable_gamma": 16}),
+        ("eva_config", {"rho": 2.0}),
+        ("loftq_config", {"loftq_bits": 4, "loftq_iter": 1}),
+    ],
+)
+def test_settings_of_a_start_that_is_over(name, value, tmp_path):
+    """PEFT leaves them in a file that it has converted to a plain LoRA."""
+    oracle.save(oracle.made_by_peft(tiny.llama(), target_modules=["q_proj"]), tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, name: value}))
+    ours = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+    assert getattr(ours.peft_config["default"], name) is None
