@@ -6,11 +6,12 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import tiny
 import veneer
 from parity.oracle import quietly
-from veneer.errors import AttachError, ConfigError, VeneerWarning
+from veneer.errors import AdapterFileError, AttachError, ConfigError, VeneerWarning
 
 X = tiny.ids()
 
@@ -137,3 +138,29 @@ def test_integers_and_packed_weights_stay():
     assert layer.self_attn.q_proj.weight.dtype == torch.float16
     with pytest.raises(ConfigError, match="must be torch.float16"):
         veneer.cast_mixed_precision_params(model, torch.int8)
+
+
+WAYS = {
+    "load": lambda model, folder: veneer.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False),
+    "set": lambda model, folder: veneer.set_peft_model_state_dict(model, veneer.load_peft_weights(folder)),
+    "swap": veneer.hotswap_adapter,
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}])
+@pytest.mark.parametrize("way", WAYS)
+def test_values_that_would_be_infinite_in_the_model_are_refused(way, fields, tmp_path):
+    config = veneer.LoraConfig(target_modules=["q_proj"], **fields)
+    large = veneer.get_peft_model(tiny.llama(), config)
+    with torch.no_grad():
+        for parameter in large.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(1e5)
+    large.save_pretrained(tmp_path)
+    model = tiny.llama(dtype=torch.float16)
+    if way != "load":
+        model = veneer.get_peft_model(model, config, autocast_adapter_dtype=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterFileError, match="too large for the model"):
+        WAYS[way](model, tmp_path)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
 import tiny
 import veneer
@@ -306,3 +307,22 @@ class TestInjecting:
         )
         (tmp_path / "adapter_config.json").write_text(json.dumps(model.peft_config["default"].to_dict()))
         torch.testing.assert_close(model(X).logits, read_by_peft(tiny.llama(), tmp_path)(X).logits)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_tied_values_that_differ_are_refused(fields):
+    fields = {"target_modules": ["q_proj"], **fields, "ensure_weight_tying": True}
+    model = tiny.shake(veneer.get_peft_model(tiny.llama(tied=True), veneer.LoraConfig(**fields)))
+    before = {key: value.clone() for key, value in veneer.get_peft_model_state_dict(model).items()}
+    head = next(key for key in before if "lm_head" in key)
+    with pytest.raises(AdapterFileError, match="tied to .*embed_tokens.*, and differs from it: .*lm_head"):
+        veneer.set_peft_model_state_dict(model, {**before, head: before[head] + 1})
+    assert_close(veneer.get_peft_model_state_dict(model), before, rtol=0, atol=0)
+
+
+def test_eight_bit_floats_are_refused_by_name():
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(target_modules=["q_proj"]))
+    given = dict(veneer.get_peft_model_state_dict(model))
+    key = next(iter(given))
+    with pytest.raises(AdapterFileError, match="wrong dtype .*lora_A.weight is torch.float8_e4m3fn"):
+        veneer.set_peft_model_state_dict(model, {**given, key: given[key].to(torch.float8_e4m3fn)})

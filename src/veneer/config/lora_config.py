@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from veneer.config.init_names import OPTIONS_FIELD
 from veneer.config.patterns import matches_end
 from veneer.config.rules import ALL_LINEAR, RULES, TaskType, clashes, why_no_pattern
 from veneer.config.sub_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, SubConfig
@@ -39,6 +40,8 @@ NOTES = ("auto_mapping", "peft_version", "megatron_core", "qalora_group_size")
 REQUIRED_IN_FILES = ("peft_type", "r", "lora_alpha", "target_modules")
 # Initialisations that are over once an adapter is saved: its values say all.
 PAST_INITS = ("orthogonal", "eva")
+# The initialisation that a sub-config belongs to.
+OPTIONS_OF: Mapping[str, str] = {field: method for method, field in OPTIONS_FIELD.items()}
 # Fields that may change on a config in use, because no number depends on them.
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
 # Fields that set how strongly an update acts, and what to do instead of changing them.
@@ -234,7 +237,11 @@ class LoraConfig:
             raise ConfigError(bullet_list(f"{source} does not describe an adapter that can be used:", problems))
         given = {name: value for name, value in data.items() if name in known}
         if given.get("init_lora_weights") in PAST_INITS:
-            given |= {"init_lora_weights": True, "eva_config": None}
+            given |= {"init_lora_weights": True}
+        # how a start was made that is over by now, as PEFT leaves it in the files that it converts
+        given = {
+            n: value for n, value in given.items() if OPTIONS_OF.get(n, "") in ("", given.get("init_lora_weights"))
+        }
         given.pop("runtime_config", None)
         saved = given.get("modules_to_save")
         if isinstance(saved, list):  # PEFT adds the head of a classifier a second time

@@ -14,7 +14,9 @@ from veneer._version import __version__
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, VeneerWarning, bullet_list
 from veneer.layers.replication import replicated
+from veneer.layers.saved_module import original_state
 from veneer.model.apply import carry_out, one_at_a_time
+from veneer.model.make import saved_dtypes
 from veneer.model.overlay import adapters_by_site, overlay_needed
 from veneer.model.plan import plan
 from veneer.model.start import (
@@ -28,6 +30,7 @@ from veneer.model.start import (
 )
 from veneer.model.tensors import (
     adapter_tensors,
+    check_range,
     expected_tensors,
     repeated_keys,
     replaced_rows,
@@ -36,6 +39,7 @@ from veneer.model.tensors import (
     tensors_from_state,
     tied_keys,
 )
+from veneer.storage import keys
 from veneer.storage.adapter_file import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -48,6 +52,7 @@ from veneer.storage.adapter_file import (
 )
 from veneer.storage.header import Header
 from veneer.targets import Resolution, resolve
+from veneer.targets.saved import read_by_ending
 
 # What the numbers of an adapter go with. The weights file carries these too, so that an edited or exchanged
 # adapter_config.json is noticed.
@@ -129,9 +134,11 @@ def load_adapter(
     header = read_weights_header(folder)
     _check_config_belongs(folder, config, header)
     _check_rank(folder, config, header)
+    config = _saved_as_in_peft(model, config, header)
     todo = plan(model, name, config, strict=False)
     with replicated(model, todo.config.layer_replication):
         tensors = _checked_tensors(model, folder, todo.resolution, header)
+        check_range(folder, tensors, saved_dtypes(model, todo.resolution, float32=float32))
     carry_out(model, todo, tensors=tensors, float32=float32)
     return todo.config
 
@@ -159,7 +166,7 @@ def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[Reso
     header = read_weights_header(folder)
     _check_config_belongs(folder, config, header)
     _check_rank(folder, config, header)
-    resolution = resolve(model, config, strict=False)
+    resolution = resolve(model, _saved_as_in_peft(model, config, header), strict=False)
     return resolution, _checked_tensors(model, folder, resolution, header)
 
 
@@ -168,13 +175,22 @@ def _checked_tensors(
 ) -> dict[str, Tensor]:
     """The values of a file that fits; those in `halves` hold a factor and its start."""
     expected = joined_shapes(expected_tensors(model, resolution), halves)
-    repeated = {key: base for key, base in repeated_keys(model, resolution).items() if key not in expected}
+    repeated = repeated_keys(model, resolution, header.tensors)
+    repeated = {key: base for key, base in repeated.items() if key not in expected}
     check_header(folder, header, expected, repeated)
     tensors = read_tensors(folder, header.tensors)
     check_integrity(folder, header, tensors)
     check_repeats_base(model, str(Path(folder) / WEIGHTS_FILE), tensors, repeated, replaced_rows(resolution))
     _check_tied(folder, tensors, resolution)
     return {key: tensors[key] for key in expected}
+
+
+def _saved_as_in_peft(model: nn.Module, config: LoraConfig, header: Header) -> LoraConfig:
+    """The config with each module named that PEFT took for one of `modules_to_save` and the file has values of."""
+    modules = read_by_ending((path for path, _ in model.named_modules()), config)
+    whole = {path: original_state(model.get_submodule(path)) for path in modules}
+    found = [p for p, state in whole.items() if state and all(keys.saved(p, name) in header.tensors for name in state)]
+    return config.changed(modules_to_save=[*(config.modules_to_save or []), *found]) if found else config
 
 
 def _trained_with(config: LoraConfig) -> dict[str, Any]:

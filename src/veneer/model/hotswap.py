@@ -23,7 +23,7 @@ from veneer.model.files import read_other
 from veneer.model.overlay import Overlay, adapted_part, adapters_by_site, overlay_needed
 from veneer.model.start import takes_off_its_start
 from veneer.model.state_dict import checked_values
-from veneer.model.tensors import adapter_tensors, site_keys
+from veneer.model.tensors import adapter_tensors, check_range, site_keys
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
 from veneer.targets import Resolution, Site, resolve
@@ -198,6 +198,7 @@ def _swap(
     if problems:
         headline = f"Adapter {name!r} cannot be swapped in place; load the new one under a name of its own:"
         raise AttachError(bullet_list(headline, shortened(problems)))
+    check_range(f"Adapter {name!r}", tensors, {key: own.dtype for key, own in adapter_tensors(part, name).items()})
     written = {_place(site): _values(adapters[_place(site)], site, tensors) for site in resolution.sites}
     idle = tuple(site for place, site in there.items() if place not in written)
     written |= {_place(site): _silent(part, site, adapters[_place(site)]) for site in idle}

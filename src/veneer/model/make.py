@@ -13,11 +13,13 @@ from veneer.errors import ConfigError
 from veneer.init import Factors, Measured, Weight, initialise
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
+from veneer.layers.saved_module import original_state
 from veneer.layers.token_rows import TokenRows
 from veneer.layers.weights import home, read, stored
 from veneer.model.start import takes_off_its_start
-from veneer.model.tensors import site_keys
-from veneer.targets import Site, TokenSite
+from veneer.model.tensors import bias_key, site_keys
+from veneer.storage import keys
+from veneer.targets import Resolution, Site, TokenSite
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -113,6 +115,22 @@ def first_rows(model: nn.Module, site: TokenSite, *, float32: bool = True) -> To
     weight = stored(layer)
     tokens = torch.tensor(site.tokens, device=weight.device)
     return TokenRows(site.tokens, weight.detach()[tokens].to(_dtype(weight, float32)))
+
+
+def saved_dtypes(model: nn.Module, resolution: Resolution, *, float32: bool = True) -> dict[str, torch.dtype]:
+    """The dtypes that the values of a file get when they are attached, by their names there."""
+    dtypes: dict[str, torch.dtype] = {}
+    for site in resolution.sites:
+        dtype = _dtype(stored(model.get_submodule(site.path), site.parameter), float32)
+        dtypes |= dict.fromkeys(site_keys(site).values(), dtype)
+    for path in resolution.saved:
+        state = original_state(model.get_submodule(path))
+        dtypes |= {keys.saved(path, name): value.dtype for name, value in state.items()}
+    for name in resolution.biases:
+        dtypes[bias_key(resolution, name)] = model.get_parameter(name).dtype
+    for site in resolution.token_rows:
+        dtypes[keys.token_rows(site.path)] = _dtype(stored(model.get_submodule(site.path)), float32)
+    return dtypes
 
 
 def _started(

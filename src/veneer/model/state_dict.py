@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from veneer.errors import AdapterFileError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
@@ -18,12 +19,22 @@ from veneer.model.merge import base_in_place
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapted_part, overlay_needed, overlay_of
 from veneer.model.start import START
-from veneer.model.tensors import adapter_tensors, copy_tensors, expected_tensors, repeated_keys, tensors_from_state
+from veneer.model.tensors import (
+    adapter_tensors,
+    check_range,
+    copy_tensors,
+    expected_tensors,
+    repeated_keys,
+    tensors_from_state,
+    tied_keys,
+)
 from veneer.storage import keys
 from veneer.storage.adapter_file import check_integrity, read_tensors, read_weights_header
 from veneer.storage.hub import adapter_folder
 from veneer.targets import Resolution
 from veneer.targets.structure import embeddings
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoadResult(NamedTuple):
@@ -110,7 +121,9 @@ def set_peft_model_state_dict(
     fits = _Fit(part, overlay.resolutions[adapter_name], given)
     fits.check(f"adapter {adapter_name!r}", strict=strict, ignore_sizes=ignore_mismatched_sizes)
     check_repeats_base(part, "The state dict", given, fits.repeated)
-    copy_tensors(part, adapter_name, {**adapter_tensors(part, adapter_name), **fits.usable})
+    own = adapter_tensors(part, adapter_name)
+    check_range("The state dict", fits.usable, {key: value.dtype for key, value in own.items()})
+    copy_tensors(part, adapter_name, {**own, **fits.usable})
     left = [*fits.missing, *fits.mismatched]
     return LoadResult([key for key in fits.expected if key in left], fits.unexpected)
 
@@ -139,13 +152,18 @@ class _Fit:
     def __init__(self, model: nn.Module, resolution: Resolution, given: Mapping[str, Tensor]) -> None:
         self.given = given
         self.expected = expected_tensors(model, resolution)
-        repeated = repeated_keys(model, resolution)
+        repeated = repeated_keys(model, resolution, given)
         self.repeated = {key: base for key, base in repeated.items() if key not in self.expected}
         self.missing = [key for key in self.expected if key not in given]
         self.unexpected = [key for key in given if key not in self.expected and key not in self.repeated]
         there = [key for key in self.expected if key in given]
         self.mismatched = [key for key in there if tuple(given[key].shape) != self.expected[key].shape]
         self.usable = {key: given[key] for key in there if key not in self.mismatched}
+        self.apart = [
+            f"tied to {source}, and differs from it: {key}"
+            for key, source, seen in tied_keys(resolution)
+            if {key, source} <= self.usable.keys() and not torch.equal(given[key], seen(given[source]))
+        ]
 
     def check(self, what: str, *, strict: bool = True, ignore_sizes: bool = False) -> None:
         """Raise AdapterFileError listing every difference that is not allowed, and every value that is broken."""
@@ -154,7 +172,7 @@ class _Fit:
             for key in self.mismatched
         ]
         floating = [key for key in self.usable if self.expected[key].floating]
-        no_floats = [key for key in floating if not self.usable[key].is_floating_point()]
+        no_floats = [key for key in floating if self.usable[key].dtype not in _FLOATS]
         broken = [key for key in floating if key not in no_floats and not self.usable[key].isfinite().all()]
         problems = [
             *(shortened([f"missing      {key}" for key in self.missing]) if strict else []),
@@ -162,6 +180,7 @@ class _Fit:
             *(shortened(sizes) if not ignore_sizes else []),
             *shortened([f"wrong dtype  {key} is {self.usable[key].dtype}" for key in no_floats]),
             *shortened([f"NaN or infinity in {key}" for key in broken]),
+            *shortened(self.apart),
         ]
         if problems:
             raise AdapterFileError(bullet_list(f"The state dict does not fit {what}:", problems))

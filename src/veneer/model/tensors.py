@@ -1,11 +1,12 @@
 """An adapter on a model, seen as the tensors of an adapter file: names, shapes and values."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import AdapterFileError, bullet_list
 from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
@@ -76,14 +77,18 @@ def expected_tensors(model: nn.Module, resolution: Resolution) -> dict[str, Expe
     return expected
 
 
-def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | None]:
+def repeated_keys(model: nn.Module, resolution: Resolution, given: Iterable[str] = ()) -> dict[str, str | None]:
     """Names under which PEFT repeats what the file or the base holds, each with the base parameter it must equal.
+
+    given  the names in the file, among which are some with the name that the adapter had in PEFT
 
     Those with None repeat another tensor of the file.
     """
     repeated: dict[str, str | None] = {}
     for path in embeddings(model):
-        repeated[keys.saved(path, "weight")] = f"{path}.weight"
+        for name in _base_names(model.get_submodule(path)):
+            inner, _, last = f"{path}.{name}".rpartition(".")
+            repeated[keys.saved(path, name)] = repeated[keys.base_parameter(inner, last)] = f"{path}.{name}"
     for site in resolution.sites:
         if not site.by_weight:
             repeated[keys.base_weight(site.path)] = f"{site.path}.weight"
@@ -92,15 +97,40 @@ def repeated_keys(model: nn.Module, resolution: Resolution) -> dict[str, str | N
             copied, original = keys.inside_saved(path, name)
             repeated[copied] = None
             repeated[original] = f"{path}.{name}"
+            repeated |= dict.fromkeys(key for key in given if keys.is_inside_saved(key, path, name))
     for path in (path for site in resolution.token_rows for path in site.paths):
         repeated[keys.below_token_rows(path)] = f"{path}.weight"
         repeated[keys.token_rows(path)] = None
     return repeated
 
 
+def _base_names(module: nn.Module) -> list[str]:
+    """The names of what a module holds by itself, without the adapters in it."""
+    ours = {attach.CHILD, saved_module.CHILD, row_module.CHILD}
+    return [name for name in module.state_dict() if not ours & set(name.split("."))]
+
+
 def replaced_rows(resolution: Resolution) -> dict[str, tuple[int, ...]]:
     """The rows of base weights that the adapter has its own of, by parameter name."""
     return {f"{path}.weight": site.tokens for site in resolution.token_rows for path in site.paths}
+
+
+def check_range(source: object, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise AdapterFileError naming the values that would become infinite in the dtype that they are to have."""
+    too_large = [
+        f"{key} ({tensors[key].dtype} into {dtype})"
+        for key, dtype in dtypes.items()
+        if key in tensors and _narrower(dtype, tensors[key].dtype) and tensors[key].to(dtype).isinf().any()
+    ]
+    if too_large:
+        raise AdapterFileError(
+            bullet_list(f"{source}: values too large for the model they go into, load it in float32:", too_large[:6])
+        )
+
+
+def _narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    floating = dtype.is_floating_point and than.is_floating_point
+    return floating and torch.finfo(dtype).max < torch.finfo(than).max
 
 
 def tied_keys(resolution: Resolution) -> list[tuple[str, str, Callable[[Tensor], Tensor]]]:

@@ -38,6 +38,11 @@ def base_weight(path: str) -> str:
     return f"{PREFIX}{path}.base_layer.weight"
 
 
+def base_parameter(path: str, parameter: str) -> str:
+    """The same for any parameter of the layer."""
+    return f"{PREFIX}{path}.base_layer.{parameter}"
+
+
 def token_rows(path: str) -> str:
     """The rows of the embedding at `path` that are trained in full (`trainable_token_indices`)."""
     return f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"
@@ -51,3 +56,9 @@ def below_token_rows(path: str) -> str:
 def inside_saved(path: str, parameter: str) -> tuple[str, str]:
     """Two more names under which PEFT repeats the bias of a saved module when `bias="all"`."""
     return f"{PREFIX}{path}.modules_to_save.{parameter}", f"{PREFIX}{path}.original_module.{parameter}"
+
+
+def is_inside_saved(key: str, path: str, parameter: str) -> bool:
+    """Whether a key repeats so a parameter deeper in a saved module, where the adapter's name stays in the key."""
+    start, end = f"{PREFIX}{path}.modules_to_save.", f".{parameter}"
+    return key.startswith(start) and key.endswith(end) and "." not in key[len(start) : -len(end)]

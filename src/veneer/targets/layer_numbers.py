@@ -40,20 +40,25 @@ def in_layers(config: LoraConfig, chosen: list[str], findings: Findings) -> list
             f"there are {existing[0]} to {existing[-1]}"
         )
     else:
-        findings.wrong.extend(_lost_in_layers(config, chosen, kept))
+        wrong, idle = _lost_in_layers(config, chosen, kept)
+        findings.wrong.extend(wrong)
+        findings.idle.extend(idle)
         for name, pattern in zip(as_list(config.layers_pattern), patterns, strict=False):
             if chosen and all(layer_index([pattern], path) is None for path in chosen):
                 findings.idle.append(f"layers_pattern: {name!r} matches nothing; there are {', '.join(lists)}")
     return kept
 
 
-def _lost_in_layers(config: LoraConfig, chosen: list[str], kept: list[str]) -> list[str]:
-    """Target names that layers_to_transform leaves without any layer, or whose very path it drops and PEFT does not."""
+def _lost_in_layers(config: LoraConfig, chosen: list[str], kept: list[str]) -> tuple[list[str], list[str]]:
+    """Target names whose very path layers_to_transform drops and PEFT does not; and those it leaves without a layer."""
     if not isinstance(config.target_modules, list):
-        return []
-    means = {name: [path for path in chosen if named([name], path)] for name in config.target_modules}
-    return [
-        f"target_modules: {name!r} means {some(paths)}, which layers_to_transform leaves out; give longer names"
-        for name, paths in means.items()
-        if paths and (not set(paths) & set(kept) or name in set(paths) - set(kept))
-    ]
+        return [], []
+    wrong, idle = [], []
+    for name in config.target_modules:
+        paths = [path for path in chosen if named([name], path)]
+        text = f"target_modules: {name!r} means {some(paths)}, which layers_to_transform leaves out; give longer names"
+        if name in set(paths) - set(kept):
+            wrong.append(text)
+        elif paths and not set(paths) & set(kept):
+            idle.append(text)
+    return wrong, idle

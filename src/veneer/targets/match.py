@@ -82,7 +82,7 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
     biases = _biases(structure, config, paths, saved)
     _check_something_is_left(config, [*paths, *parameters], biases, findings)
     sites = [] if findings.wrong else _with_tied(_sites(structure, config, paths, parameters), trained.tied)
-    check_settings(config, sites, findings, strict=strict)
+    check_settings(config, sites, biases, findings, strict=strict)
     findings.settle(structure.model_name, strict=strict or not (paths or parameters))
     _warn_of_rank(sites)
     if strict:

@@ -5,7 +5,7 @@ one module, in the order in which it registers them, the last has the module's o
 path and ".base_layer", and so on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -75,10 +75,14 @@ def attention_sites(structure: Structure, config: LoraConfig, path: str) -> Iter
     yield _site(structure, config, f"{path}.out_proj", "weight", file_path=file_path, pattern_name=path)
 
 
-def check_settings(config: LoraConfig, sites: list[Site], findings: Findings, *, strict: bool) -> None:
+def check_settings(
+    config: LoraConfig, sites: list[Site], biases: Sequence[str], findings: Findings, *, strict: bool
+) -> None:
     """Find the settings that a weight which is read cannot follow.
 
-    strict  whether to refuse an exclusion of half an attention module, which PEFT does not follow
+    biases  the biases that the config's `bias` means
+    strict  whether to refuse an exclusion of half an attention module, which PEFT does not follow, and a `bias` that
+            means none
     """
     read = [site.name for site in sites if site.by_weight]
     if not read:
@@ -101,7 +105,7 @@ def check_settings(config: LoraConfig, sites: list[Site], findings: Findings, *,
             f"init_lora_weights={config.init_lora_weights!r} measures what goes into a layer, and {some(read)} is read "
             "by its module; choose another one"
         )
-    if config.bias != "none":
+    if config.bias != "none" and (strict or biases):
         findings.wrong.append(f"bias={config.bias!r} cannot go with {some(read)}, which its module reads; set 'none'")
     if config.lora_bias:
         findings.wrong.append(f"lora_bias cannot go with {some(read)}: a weight that is read has no place for a bias")

@@ -1,12 +1,12 @@
 """`modules_to_save`: which modules are trained in full, with the head that a classification task brings."""
 
 import warnings
+from collections.abc import Iterable
 
 from veneer.config import LoraConfig, TaskType
 from veneer.errors import VeneerWarning
 from veneer.targets.findings import Findings
-from veneer.targets.names import inside, named
-from veneer.targets.names_on_disk import suffixes
+from veneer.targets.names import ends, inside, named
 from veneer.targets.structure import Structure
 from veneer.targets.suggest import explain_unmatched
 
@@ -36,21 +36,25 @@ def saved_modules(structure: Structure, config: LoraConfig, findings: Findings) 
         )
     paths = [path for path in structure.modules if named(names, path)]
     outermost = [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
-    on_disk = [[name] if name in heads else _for_peft(name, structure, outermost) for name in names]
-    return [name for some in on_disk for name in some], outermost
+    return _read_alike(structure, names, heads, outermost), outermost
 
 
-def _for_peft(name: str, structure: Structure, paths: list[str]) -> list[str]:
-    """The name, or longer ones where PEFT, which looks at the letters that a path ends with, would take more modules.
+def _read_alike(structure: Structure, names: list[str], heads: Iterable[str], saved: list[str]) -> list[str]:
+    """The names, longer where PEFT would read more in them: to it "norm" means "input_layernorm" as well."""
+    others = [path for path in structure.modules if not inside(path, saved)]
+    found: list[str] = []
+    for name in names:
+        mine = [path for path in saved if named([name], path)]
+        if name in heads or not mine or not any(path.endswith(name) for path in others):
+            found.append(name)
+            continue
+        for path in mine:
+            longer = (end for end in ends(path) if not any(other.endswith(end) for other in others))
+            found.append(next(longer, name))
+    return list(dict.fromkeys(found))
 
-    `norm`, say, is `input_layernorm` to PEFT too.
-    """
-    others = [path for path in structure.modules if path.endswith(name) and path not in paths]
-    others = [path for path in others if not inside(path, paths)]
-    mine = [path for path in paths if named([name], path)]
-    if not others or not mine:
-        return [name]
-    found = dict.fromkeys(
-        next((end for end in suffixes(path) if not any(other.endswith(end) for other in others)), name) for path in mine
-    )
-    return list(found)
+
+def read_by_ending(modules: Iterable[str], config: LoraConfig) -> list[str]:
+    """Paths that PEFT finds in modules_to_save beyond those named: it looks at ends, wherever a name begins."""
+    names = config.modules_to_save or []
+    return [path for path in modules if any(map(path.endswith, names)) and not named(names, path)]
