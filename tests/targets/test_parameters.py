@@ -78,6 +78,7 @@ def test_an_attention_module_has_two_sites():
     assert [site.factors for site in sites] == [((4, 8), (24, 4)), ((4, 8), (8, 4))]
 
 
+@pytest.mark.filterwarnings("ignore:'all-linear' leaves")
 def test_every_linear_layer_includes_attention_as_a_whole():
     expected = ["block.first", "block.last", "attention.in_proj_weight", "attention.out_proj"]
     assert names(target_modules="all-linear", exclude_modules=["cross"]) == expected

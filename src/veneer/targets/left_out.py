@@ -44,7 +44,8 @@ def warn_of_stacks(structure: Structure, config: LoraConfig, saved: list[str]) -
     warnings.warn(
         f"{ALL_LINEAR!r} leaves {100 * share:.0f} % of the weights of {structure.model_name} without an adapter: they "
         f"are {len(left_out)} stacked parameters, such as fused experts, and no linear layers. To adapt them too, set "
-        f"target_modules={ALL_LINEAR!r} and target_parameters={names}; to leave them out in silence, exclude_modules={owners}.",
+        f"target_modules={ALL_LINEAR!r} and target_parameters={names}; to leave them out without this warning, "
+        f"exclude_modules={owners}.",
         VeneerWarning,
         stacklevel=5,
     )

@@ -49,4 +49,6 @@ def _preview(model: nn.Module, config: LoraConfig) -> Preview:
     copied -= sum(structure.modules[path].get_parameter("weight").numel() for path in tied)  # one copy serves both
     biases = sum(model.get_parameter(name).numel() for name in resolution.biases)
     base = sum(parameter.numel() for parameter in model.parameters())
-    return Preview(resolution.sites, resolution, dict(linear), dict(fused), added + copied + biases, base + added + copied)
+    return Preview(
+        resolution.sites, resolution, dict(linear), dict(fused), added + copied + biases, base + added + copied
+    )
