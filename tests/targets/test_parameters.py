@@ -103,7 +103,7 @@ def test_a_rank_above_that_of_one_expert_is_warned_of():
     ("fields", "expected"),
     [
         ({"target_parameters": ["experts.upp"]}, "'experts.upp' matches nothing; did you mean up (1 layer)?"),
-        ({"target_parameters": ["experts"]}, "'experts' is a module; name one of its parameters"),
+        ({"target_parameters": ["experts"]}, "'experts' is a module; name its parameters: experts.up"),
         ({"target_parameters": ["experts.up", "erts.down"]}, "'erts.down' matches nothing"),
         ({"target_parameters": ["experts.scales"]}, "block.experts.scales cannot be adapted: it has 1 dimension(s)"),
         ({"target_parameters": ["first.weight"]}, "it is the weight of a layer; write target_modules=['first']"),

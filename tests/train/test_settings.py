@@ -106,14 +106,14 @@ def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
         (SMALL + "lora: {lora_dropout: 1.5}", "lora.lora_dropout"),
         (
             SMALL + "lora: {init_lora_weights: eva}",
-            "lora.init_lora_weights: 'eva' starts from what is measured on data",
+            "lora.init_lora_weights: 'eva' starts from what is measured",
         ),
         (SMALL + "lora: {init_lora_weights: pisa}", "lora.init_lora_weights='pisa': must be True, False"),
         (SMALL + "lora: {loftq_config: {loftq_bits: 4}}", "lora.loftq_config does nothing without init_lora_weights"),
         (SMALL + "lora: {layer_replication: [[2, 1]]}", "lora.layer_replication=[(2, 1)]: must be None or a list of"),
         (
             SMALL + "lora: {trainable_token_indices: {wte: 5}}",
-            "lora.trainable_token_indices.wte: should be a valid list",
+            "lora.trainable_token_indices.wte: should be",
         ),
         (SMALL + "lora: {target_parameters: experts}", "lora.target_parameters: should be a valid list, got 'experts'"),
         (SMALL + "lora: {rank: 8}", "lora.rank: unknown key, did you mean 'r'?"),
