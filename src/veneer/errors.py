@@ -18,6 +18,7 @@
 Each subclasses the built-in that its callers would expect, so code written for PEFT keeps its `except` clauses.
 """
 
+import reprlib
 from collections.abc import Sequence
 
 
@@ -71,6 +72,12 @@ class MissingPackageError(VeneerError, ImportError):
 
 class VeneerWarning(UserWarning):
     """Something allowed that is probably not meant."""
+
+
+def check_kind(value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise ArgumentError unless `value` is of a kind; `what` says what is needed."""
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{what} is needed, not {reprlib.repr(value)} ({type(value).__name__}).")
 
 
 def bullet_list(headline: str, problems: Sequence[str]) -> str:

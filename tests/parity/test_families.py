@@ -71,6 +71,7 @@ def test_outputs_gradients_and_merged_weights(name, variant, tmp_path):
         assert_close(value, weights[key], **TIGHT, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:'all-linear' leaves")
 @every
 def test_a_new_adapter_has_pefts_tensors_and_goes_back_and_forth(name, tmp_path):
     family = FAMILIES[name]

@@ -78,6 +78,7 @@ def test_an_attention_module_has_two_sites():
     assert [site.factors for site in sites] == [((4, 8), (24, 4)), ((4, 8), (8, 4))]
 
 
+@pytest.mark.filterwarnings("ignore:'all-linear' leaves")
 def test_every_linear_layer_includes_attention_as_a_whole():
     expected = ["block.first", "block.last", "attention.in_proj_weight", "attention.out_proj"]
     assert names(target_modules="all-linear", exclude_modules=["cross"]) == expected
@@ -102,7 +103,7 @@ def test_a_rank_above_that_of_one_expert_is_warned_of():
     ("fields", "expected"),
     [
         ({"target_parameters": ["experts.upp"]}, "'experts.upp' matches nothing; did you mean up (1 layer)?"),
-        ({"target_parameters": ["experts"]}, "'experts' is a module; name one of its parameters"),
+        ({"target_parameters": ["experts"]}, "'experts' is a module; name its parameters: experts.up"),
         ({"target_parameters": ["experts.up", "erts.down"]}, "'erts.down' matches nothing"),
         ({"target_parameters": ["experts.scales"]}, "block.experts.scales cannot be adapted: it has 1 dimension(s)"),
         ({"target_parameters": ["first.weight"]}, "it is the weight of a layer; write target_modules=['first']"),

@@ -1,6 +1,7 @@
 """A run that was stopped goes on where it was, with what it was begun with, or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from train.tiny_chat import write_rows
 from train.tiny_run import WEIGHTS, Told, settings
 from veneer.errors import RunError
+from veneer.train.adapted import load_adapted
 from veneer.train.resume import Stopped, newest_checkpoint, trim_log
 from veneer.train.run import train
 
@@ -52,6 +54,30 @@ def test_what_a_start_took_off_the_base_is_still_off_it(
     found = load_file(resumed.adapter_dir / WEIGHTS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"init_lora_weights": "pissa", "use_rslora": True},
+        {"use_dora": True},
+        {"trainable_token_indices": [1, 2]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda lora: next(iter(lora)),
+)
+def test_every_kind_of_adapter_is_resumed_bit_for_bit_and_loads(
+    chat_model: Path, rows_file: Path, tmp_path: Path, lora: dict
+) -> None:
+    whole = train(settings(chat_model, rows_file, tmp_path / "whole", save_every=2, lora=lora))
+    half = tmp_path / "half"
+    train(settings(chat_model, rows_file, half, save_every=2, lora=lora))
+    shutil.rmtree(half / "checkpoints" / "checkpoint-4")
+    resumed = train(settings(chat_model, rows_file, half, save_every=2, lora=lora, resume=True))
+    one, other = load_file(whole.adapter_dir / WEIGHTS), load_file(resumed.adapter_dir / WEIGHTS)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert load_adapted(str(whole.adapter_dir)).model.active_adapters == ["default"]
 
 
 def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:

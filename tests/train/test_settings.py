@@ -1,8 +1,10 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
+from veneer.config import LoraConfig
 from veneer.errors import RunError
 from veneer.train.run_file import load, parse
 from veneer.train.settings import SECTIONS, RunConfig
@@ -44,6 +46,19 @@ def test_lora_fields_are_those_of_lora_config() -> None:
     assert config.r == 4
     assert config.target_modules == ["q_proj", "v_proj"]
     assert config.task_type == "CAUSAL_LM"
+
+
+def test_the_section_has_the_fields_that_make_an_adapter() -> None:
+    elsewhere = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"}
+    of_the_layers = {"fan_in_fan_out"}  # found out when the adapter is made
+    with_data = {"eva_config", "corda_config", "lora_ga_config"}
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert {*SECTIONS["lora"].model_fields} == known - elsewhere - of_the_layers - with_data
+
+
+def test_every_initialisation_of_the_template_can_be_chosen() -> None:
+    for choice in ("gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", "loftq", "false"):
+        assert str(parse(TEMPLATE, [f"lora.init_lora_weights={choice}"]).lora.init_lora_weights).lower() == choice
 
 
 def test_overrides_win_and_numbers_written_as_text_are_read() -> None:
@@ -89,6 +104,18 @@ def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
         (SMALL + "lora: {r: 0}", "lora.r"),
         (SMALL + "lora: {init_lora_weights: eva}", "lora: init_lora_weights='eva' starts from something measured"),
         (SMALL + "lora: {lora_dropout: 1.5}", "lora.lora_dropout"),
+        (
+            SMALL + "lora: {init_lora_weights: eva}",
+            "lora.init_lora_weights: 'eva' starts from what is measured",
+        ),
+        (SMALL + "lora: {init_lora_weights: pisa}", "lora.init_lora_weights='pisa': must be True, False"),
+        (SMALL + "lora: {loftq_config: {loftq_bits: 4}}", "lora.loftq_config does nothing without init_lora_weights"),
+        (SMALL + "lora: {layer_replication: [[2, 1]]}", "lora.layer_replication=[(2, 1)]: must be None or a list of"),
+        (
+            SMALL + "lora: {trainable_token_indices: {wte: 5}}",
+            "lora.trainable_token_indices.wte: should be",
+        ),
+        (SMALL + "lora: {target_parameters: experts}", "lora.target_parameters: should be a valid list, got 'experts'"),
         (SMALL + "lora: {rank: 8}", "lora.rank: unknown key, did you mean 'r'?"),
         (SMALL + "rank: 8", "rank: unknown key, did you mean 'lora.r'?"),
         (SMALL + "training: {lr: 1e-3}", "training.lr: unknown key, did you mean 'learning_rate'?"),

@@ -18,6 +18,10 @@ def targets(
         list[str] | None,
         typer.Option(help="A layer name to adapt, such as q_proj; may be given several times. Or one pattern."),
     ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(help="A parameter to adapt that is no layer's, such as experts.gate_up_proj; also several times."),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
 ) -> None:
@@ -25,7 +29,8 @@ def targets(
 
     Example: [bold]veneer targets HuggingFaceTB/SmolLM2-135M --target q_proj --target v_proj --rank 16[/bold]
 
-    Without --target it shows every linear layer except the output head, as target_modules: all-linear means.
+    Without --target it shows every linear layer except the output head, as target_modules: all-linear means; with
+    --parameter alone, those parameters.
     """
     from rich.console import Console
 
@@ -34,14 +39,16 @@ def targets(
     from veneer.train.load import skeleton
     from veneer.train.quiet import quiet
 
-    config = LoraConfig(r=rank, target_modules=_names(target))
+    config = LoraConfig(r=rank, target_modules=_names(target, parameter), target_parameters=parameter or None)
     with quiet():
         bare = skeleton(model, revision=revision)
     _show(Console(), type(bare).__name__, preview(bare, config), rank)
 
 
-def _names(target: list[str] | None) -> list[str] | str:
+def _names(target: list[str] | None, parameter: list[str] | None) -> list[str] | str:
     """What --target means: names, a single regular expression, or the one word for every linear layer."""
+    if parameter and not target:
+        return []
     if not target or target == ["all-linear"]:
         return "all-linear"
     return target[0] if len(target) == 1 and not PLAIN_NAME.fullmatch(target[0]) else list(target)
@@ -68,6 +75,8 @@ def _show(console, name: str, found: "Preview", rank: int) -> None:
     console.print(table)
     adapted = {site.path.rpartition(".")[2] for site in found.sites}
     others = [f"{leaf} ({count})" for leaf, count in found.linear_layers.items() if leaf not in adapted]
+    named = {f"{site.path.rpartition('.')[2]}.{site.parameter}" for site in found.sites}
+    others += [f"{name} ({count}, --parameter)" for name, count in found.stacks.items() if name not in named]
     if others:
         console.print(f"Not targeted: {', '.join(others)}", highlight=False, soft_wrap=True)
     share = 100 * found.trainable / found.total

@@ -70,7 +70,7 @@ class ExtractedLora:
 
     def save(self, folder: str | Path) -> None:
         """Write an adapter folder in PEFT's format, in one step. Raises AdapterFileError."""
-        write_values(Path(folder), self.config, self.tensors)
+        write_values(folder, self.config, self.tensors)
 
     def __str__(self) -> str:
         ranks = sorted({fit.rank for fit in self.layers})

@@ -1,5 +1,6 @@
 """PeftModel: a model with adapters that knows its task and its files, under PEFT's names."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any, Self
 from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig, TaskType
-from veneer.errors import AttachError, ConfigError, VeneerWarning
+from veneer.errors import AdapterNameError, AttachError, ConfigError, VeneerWarning, check_kind
 from veneer.model.apply import add_adapter
 from veneer.model.files import load_adapter, save_adapter
 from veneer.model.methods import AdapterMethods
-from veneer.model.overlay import overlay_needed, overlay_of
+from veneer.model.overlay import as_names, overlay_needed, overlay_of
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.report import count_parameters, trainable_line
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -94,7 +95,9 @@ class PeftModel(AdapterMethods):
 
     @property
     def active_peft_config(self) -> LoraConfig:
-        """The config of the first active adapter."""
+        """The config of the first active adapter. Raises AdapterNameError if none is."""
+        if not self.active_adapters:
+            raise AdapterNameError("No adapter is active, so there is no config of it.")
         return self.peft_config[self.active_adapters[0]]
 
     def save_pretrained(
@@ -126,7 +129,10 @@ class PeftModel(AdapterMethods):
                 "save_embedding_layers=True would write base weights into the adapter. To train and save embeddings, "
                 "name them in modules_to_save; to save the base, call its own save_pretrained."
             )
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
+        check_kind(save_directory, (str, os.PathLike), "The folder to save to (save_directory)")
+        if not names:
+            raise AdapterNameError("There is nothing to save: no adapter is selected.")
         if not is_main_process:
             return
         overlay_needed(self.bare).check_names(names)

@@ -1,6 +1,7 @@
 """Between a model and an adapter folder: save one, load one; everything is checked before anything changes."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer._version import __version__
 from veneer.config import LoraConfig
-from veneer.errors import AdapterFileError, VeneerWarning, bullet_list
+from veneer.errors import AdapterFileError, ConfigError, VeneerWarning, bullet_list, check_kind
 from veneer.layers.replication import replicated
 from veneer.layers.saved_module import original_state
 from veneer.model.apply import carry_out, one_at_a_time
@@ -102,10 +103,11 @@ def save_adapter(
     write_values(folder, config, kept)
 
 
-def write_values(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_values(folder: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter given by its values, complete, by their names in the file. Raises AdapterFileError."""
+    check_kind(folder, (str, os.PathLike), "The folder to save to")
     notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config))}
-    write_adapter(folder, config.changed(inference_mode=True).to_json(), tensors, metadata=notes)
+    write_adapter(Path(folder), config.changed(inference_mode=True).to_json(), tensors, metadata=notes)
 
 
 @one_at_a_time
@@ -128,6 +130,8 @@ def load_adapter(
     """
     if config is None:
         config = LoraConfig.from_dict(read_config(folder), source=str(Path(folder) / CONFIG_FILE))
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"config must be a LoraConfig or None, not {type(config).__name__}.")
     config = config.changed(inference_mode=not trainable)
     if takes_off_its_start(config):
         check_start_can_be_redone(config, f"{folder} cannot be loaded")

@@ -22,7 +22,7 @@ from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
 from veneer.model.overlay import Overlay, adapted_part, adapters_by_site, overlay_needed
 from veneer.model.start import takes_off_its_start
-from veneer.model.state_dict import checked_values
+from veneer.model.state_dict import check_state, checked_values
 from veneer.model.tensors import adapter_tensors, check_range, site_keys
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
@@ -79,6 +79,7 @@ def hotswap_adapter_from_state_dict(
     _check_unmerged(part, adapter_name)
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a LoraConfig, not {type(config).__name__}.")
+    check_state(state_dict)
     named = re.compile(rf"(\.lora_[A-Za-z_]+)\.{re.escape(adapter_name)}((?:\.weight|\.bias)?)$")
     plain = {named.sub(r"\1\2", key): value for key, value in state_dict.items()}
     resolution = resolve(part, config, strict=False)

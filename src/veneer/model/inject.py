@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AttachError, ConfigError, TargetError, VeneerWarning, bullet_list
+from veneer.errors import AttachError, ConfigError, TargetError, VeneerWarning, bullet_list, check_kind
 from veneer.model.apply import activate, add_adapter, one_at_a_time
 from veneer.model.methods import AdapterMethods
 from veneer.model.pretrained import guard_saving, with_base_name
@@ -50,6 +50,7 @@ def inject_adapter_in_model(
 
 def _config_from_keys(config: LoraConfig, model: nn.Module, state: Mapping[str, Tensor]) -> LoraConfig:
     """The config with the layers that the keys of an adapter's state dict name as its targets."""
+    check_kind(state, Mapping, "A state dict ({name: tensor})")
     if config.target_parameters:
         raise ConfigError("target_parameters: the keys of a state dict do not name parameters; leave state_dict out.")
     plain = [key.removeprefix("_orig_mod.").removeprefix(keys.PREFIX) for key in state]

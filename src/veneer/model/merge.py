@@ -17,7 +17,7 @@ from veneer.layers.replication import replication_of
 from veneer.layers.weights import is_offloaded, read, stored
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
-from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
+from veneer.model.overlay import Overlay, adapters_by_site, as_names, overlay_needed, overlay_of, saved_modules
 
 
 @one_at_a_time
@@ -146,7 +146,7 @@ def remove_all(model: nn.Module) -> nn.Module:
 
 
 def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
-    names = overlay.route.active if names is None else tuple(names)
+    names = overlay.route.active if names is None else tuple(as_names(names))
     overlay.check_names(names)
     if overlay.route.merged:
         already = ", ".join(map(repr, overlay.route.merged))

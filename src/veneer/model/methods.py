@@ -14,7 +14,7 @@ from veneer.functional.combine import Combination
 from veneer.model import merge
 from veneer.model.apply import activate, add_adapter, check_bases, follow_route, remove_adapter, set_enabled
 from veneer.model.batch import serving
-from veneer.model.overlay import Overlay, overlay_of, own_parameters
+from veneer.model.overlay import Overlay, as_names, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
 from veneer.model.scale import set_scale
 from veneer.model.weighted import add_weighted_adapter
@@ -114,7 +114,7 @@ class AdapterMethods(nn.Module):
         An adapter that was loaded frozen stays frozen; `set_requires_grad` changes that.
         Raises AdapterNameError, or AttachError if two of them have replaced the same weight (LoftQ).
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = as_names(adapter_name)
         if not names:
             raise AdapterNameError("set_adapter needs a name; to let none act, use disable_adapter().")
         self._overlay.check_names(names)
@@ -137,7 +137,7 @@ class AdapterMethods(nn.Module):
 
         For one that rests it holds until the next `set_adapter`, too: a batch may name it (`adapter_names`).
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = as_names(adapter_names)
         self._overlay.check_names(names)
         for name in names:
             self._overlay.trainable[name] = requires_grad

@@ -1,12 +1,13 @@
 """What Veneer knows of a model it has laid adapters over. One `Overlay` hangs on each such model."""
 
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError
+from veneer.errors import AdapterNameError, check_kind
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on
 from veneer.layers.kinds import Layer
@@ -45,7 +46,7 @@ class Overlay:
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise AdapterNameError if an adapter of one of these names does not exist, or a name is said twice."""
-        names = list(names)
+        names = as_names(names)
         for name in names:
             if names.count(name) > 1:
                 raise AdapterNameError(f"Adapter {name!r} is named twice; it can act, or be merged, once.")
@@ -55,8 +56,23 @@ class Overlay:
                 raise AdapterNameError(f"There is no adapter {name!r}{hint or f'; there are {there}.'}")
 
 
+def as_names(names: str | Iterable[str]) -> list[str]:
+    """One name or several, as a list. Raises AdapterNameError if they are no names."""
+    found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    strange = [name for name in found if not isinstance(name, str)]
+    if strange:
+        raise AdapterNameError(f"The name of an adapter is a text, not {reprlib.repr(strange[0])}.")
+    return found
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ArgumentError if this is no model."""
+    check_kind(model, nn.Module, "A model (a torch.nn.Module)")
+
+
 def overlay_of(model: nn.Module) -> Overlay | None:
-    """The overlay of a model, or None if it never had an adapter."""
+    """The overlay of a model, or None if it never had an adapter. Raises ArgumentError if it is no model."""
+    check_model(model)
     return vars(model).get(_ATTRIBUTE)
 
 
@@ -73,6 +89,7 @@ def adapted_part(model: nn.Module) -> nn.Module:
 
     Raises AdapterNameError if there is none, or more than one.
     """
+    check_model(model)
     carriers = (module for module in model.modules() if overlay_of(module) is not None)
     part = next(carriers, None)
     if part is None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from veneer.errors import AttachError, ConfigError, VeneerWarning
 from veneer.model.methods import AdapterMethods
-from veneer.model.overlay import overlay_of
+from veneer.model.overlay import check_model, overlay_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _PACKED = ("Params4bit",)  # quantised weights whose container may have a half-precision dtype
@@ -31,6 +31,7 @@ def prepare_model_for_kbit_training(
 
     Call it before the adapter is attached: AttachError otherwise. Warns if the model is not quantised.
     """
+    check_model(model)
     if isinstance(model, AdapterMethods) or any(overlay_of(module) is not None for module in model.modules()):
         raise AttachError("The model has adapters already, which would be frozen: prepare it before attaching them.")
     method = _quantisation(model)
@@ -59,6 +60,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """
     if dtype not in (*_HALF, torch.float32):
         raise ConfigError(f"dtype={dtype}: must be torch.float16, torch.bfloat16 or torch.float32.")
+    check_model(model)
     for parameter in model.parameters():
         if _is_plain(parameter):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

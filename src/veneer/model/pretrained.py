@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from veneer.config import LoraConfig
+from veneer.errors import check_kind
 from veneer.layers.attach import Adapters
 from veneer.layers.kinds import Layer
 from veneer.layers.replication import original_layers
@@ -63,6 +64,7 @@ def note_untied_head(model: Layer) -> None:
 
 def with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """A copy that names the base model, if the config does not and the model knows."""
+    check_kind(model, nn.Module, "A model (a torch.nn.Module)")
     name = vars(model).get("name_or_path") or None
     if not isinstance(config, LoraConfig) or config.base_model_name_or_path is not None or name is None:
         return config

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import AdapterFileError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
+from veneer.errors import AdapterFileError, ConfigError, MergeError, VeneerWarning, bullet_list, check_kind, shortened
 from veneer.layers.attach import Adapted, Adapters
 from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
@@ -142,8 +142,17 @@ def checked_values(model: nn.Module, resolution: Resolution, state: Mapping[str,
 
 def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with the keys that files have, whether its own begin with `base_model.model.` or not."""
+    check_state(state)
     plain = {key.removeprefix("_orig_mod."): value for key, value in state.items()}
     return {key if key.startswith(keys.PREFIX) else keys.PREFIX + key: value for key, value in plain.items()}
+
+
+def check_state(state: Mapping[str, Tensor]) -> None:
+    """Raise ArgumentError unless this maps names to tensors."""
+    check_kind(state, Mapping, "A state dict ({name: tensor})")
+    for name, value in state.items():
+        check_kind(name, str, "A name for each tensor of a state dict")
+        check_kind(value, Tensor, f"A tensor for {name!r} in a state dict")
 
 
 class _Fit:
@@ -242,6 +251,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises AdapterNameError, or AdapterFileError that lists every difference; and then nothing has changed.
     """
     part = adapted_part(model)
+    check_state(state_dict)
     with base_in_place(part):
         own = _base_state(part)
         missing = [key for key in own if key not in state_dict]

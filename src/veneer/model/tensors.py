@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import AdapterFileError, bullet_list
+from veneer.errors import AdapterFileError, bullet_list, check_kind
 from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
@@ -192,6 +192,7 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
     """
     overlay = overlay_needed(model)
     resolution = overlay.resolutions[name]
+    check_kind(state, Mapping, "A state dict of the model ({name: tensor})")
     plain = {key.removeprefix(keys.PREFIX): value for key, value in state.items()}
     names: dict[str, str] = {}
     for site in resolution.sites:

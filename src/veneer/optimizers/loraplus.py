@@ -39,6 +39,9 @@ def create_loraplus_optimizer(
         {"lr": lr, "loraplus_lr_embedding": loraplus_lr_embedding, "loraplus_weight_decay": loraplus_weight_decay},
         above_zero={"loraplus_lr_ratio": loraplus_lr_ratio},
     )
+    if not callable(optimizer_cls) or isinstance(optimizer_cls, nn.Module | Optimizer):
+        given = type(optimizer_cls).__name__
+        raise ConfigError(f"optimizer_cls must be a class of optimizers such as torch.optim.AdamW, not a {given}.")
     if "weight_decay" in kwargs:
         raise ConfigError("weight_decay would have no effect: each group has its own. Say loraplus_weight_decay.")
     if loraplus_lr_ratio < 1:

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from veneer.errors import AdapterNameError, ConfigError, bullet_list
+from veneer.errors import AdapterNameError, ConfigError, bullet_list, check_kind
 from veneer.layers.adapter import Adapter
 
 
 def adapters_in_training(model: nn.Module) -> dict[str, Adapter]:
     """The adapters with a factor that gets gradients, by path, each once. AdapterNameError if there is none."""
+    check_kind(model, nn.Module, "A model (a torch.nn.Module)")
     adapters = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
     if not adapters:
         raise AdapterNameError("The model has no adapter to optimize. Lay one over it first: get_peft_model.")

@@ -1,9 +1,10 @@
 """Where an adapter lies: a folder of this machine, or a repository on the Hugging Face hub."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import AdapterFileError
+from veneer.errors import AdapterFileError, check_kind
 from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -12,11 +13,13 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 def adapter_folder(location: str | Path, *, subfolder: str | None = None, weights: bool = True, **hub: Any) -> Path:
     """The local folder of an adapter, downloaded if `location` is a hub id (`user/name`).
 
-    Raises AdapterFileError if there is no such folder or repository, with what was tried.
+    Raises AdapterFileError if there is no such folder or repository, with what was tried, and ArgumentError
+    for what is neither.
     """
     unknown = sorted(set(hub) - set(HUB_OPTIONS))
     if unknown:
         raise AdapterFileError(f"Unknown option {', '.join(unknown)}; for the hub there are {', '.join(HUB_OPTIONS)}.")
+    check_kind(location, (str, os.PathLike), "An adapter folder or a hub id (user/name)")
     folder = Path(location) / (subfolder or "")
     text = str(location)
     try:

@@ -18,6 +18,7 @@ from veneer.layers.kinds import EMBEDDING, kind_of
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.targets.findings import Findings
 from veneer.targets.layer_numbers import in_layers
+from veneer.targets.left_out import stacks, warn_of_stacks
 from veneer.targets.names import as_list, inside, named, selector
 from veneer.targets.names_on_disk import names_on_disk
 from veneer.targets.parameters import (
@@ -88,6 +89,7 @@ def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Res
     if strict:
         warn_of_untying(ties, config, paths, saved)
         warn_of_rows(structure, rows, ties)
+        warn_of_stacks(structure, config, saved)
     return Resolution(
         sites=tuple(sites),
         saved=tuple(saved),
@@ -133,6 +135,8 @@ def _excluded(structure: Structure, config: LoraConfig, chosen: list[str], findi
         return chosen
     # a file may exclude what "all-linear" would have meant, and its resolved names do not
     candidates = list(dict.fromkeys([*chosen, *structure.layers]))
+    if config.target_modules in (None, ALL_LINEAR):  # which leaves them out anyway: here it shows that this is meant
+        candidates += dict.fromkeys(name.rpartition(".")[0] for name in stacks(structure))
     for name in as_list(exclude):
         if not any(map(selector(exclude if isinstance(exclude, str) else [name]), candidates)):
             findings.idle.append(

@@ -182,6 +182,10 @@ def _check_other_fields(config: LoraConfig, found: list[str], findings: Findings
 
 def _unmatched(structure: Structure, entry: str) -> str:
     layers = [path for path in structure.modules if named([entry], path)]
+    own = [name for name in structure.adaptable_parameters if layers and name.rpartition(".")[0] == layers[0]]
+    if own:
+        names = ", ".join(f"{entry}.{name.rpartition('.')[2]}" for name in own)
+        return f"target_parameters: {entry!r} is a module; name its parameters: {names}"
     if layers:
         return f"target_parameters: {entry!r} is a module; name one of its parameters, or write it into target_modules"
     return explain_unmatched("target_parameters", entry, structure.adaptable_parameters)

@@ -7,6 +7,7 @@ from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.layers.replication import replicated
+from veneer.targets.left_out import stacks
 from veneer.targets.match import Resolution, resolve
 from veneer.targets.site import Site
 from veneer.targets.structure import structure_of
@@ -17,6 +18,7 @@ class Preview:
     """The sites a config means, and the counts a reader wants beside them.
 
     linear_layers  how many layers "all-linear" could adapt, by the last part of their path
+    stacks         how many fused experts target_parameters could adapt, by the last two parts of their name
     trainable      trainable numbers: adapters, saved modules and biases
     total          all numbers of the model, with the adapters
     """
@@ -24,6 +26,7 @@ class Preview:
     sites: tuple[Site, ...]
     resolution: Resolution
     linear_layers: dict[str, int]
+    stacks: dict[str, int]
     trainable: int
     total: int
 
@@ -38,6 +41,7 @@ def _preview(model: nn.Module, config: LoraConfig) -> Preview:
     resolution = resolve(model, config)
     structure = structure_of(model)
     linear = Counter(path.rpartition(".")[2] for path in structure.linear_layers)
+    fused = Counter(".".join(name.split(".")[-2:]) for name in stacks(structure))
     added = sum(site.parameters for site in resolution.sites)
     added += sum(site.parameters for site in resolution.token_rows)
     tied = {path: source for path, source in resolution.tied.items() if path in resolution.saved}
@@ -45,4 +49,6 @@ def _preview(model: nn.Module, config: LoraConfig) -> Preview:
     copied -= sum(structure.modules[path].get_parameter("weight").numel() for path in tied)  # one copy serves both
     biases = sum(model.get_parameter(name).numel() for name in resolution.biases)
     base = sum(parameter.numel() for parameter in model.parameters())
-    return Preview(resolution.sites, resolution, dict(linear), added + copied + biases, base + added + copied)
+    return Preview(
+        resolution.sites, resolution, dict(linear), dict(fused), added + copied + biases, base + added + copied
+    )

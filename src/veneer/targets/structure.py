@@ -58,6 +58,12 @@ class Structure:
                 found.append(name)
         return found
 
+    @property
+    def size(self) -> int:
+        """How many numbers the parameters below the model hold; one that is in several places counts once."""
+        own = (weight for module in self.modules.values() for weight in module._parameters.values())
+        return sum({id(weight): weight.numel() for weight in own if weight is not None}.values())
+
     def has_bias(self, path: str) -> bool:
         """Whether the module at `path` has a bias parameter of its own."""
         return self.modules[path]._parameters.get("bias") is not None

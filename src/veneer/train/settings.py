@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from veneer.config.init_names import DATA_DRIVEN
 
 if TYPE_CHECKING:
     from veneer import LoraConfig
@@ -12,6 +14,16 @@ def _refuse_truth(value: Any) -> Any:
     """Python counts true as 1; a number that is written as true is a mistake."""
     if isinstance(value, bool):
         raise ValueError(f"should be a number, got {str(value).lower()}")
+    return value
+
+
+def _refuse_data_driven(value: bool | str) -> bool | str:
+    """Nothing in a run measures what these starts need."""
+    if value in DATA_DRIVEN:
+        raise ValueError(
+            f"{value!r} starts from what is measured on data first, which only Python can do; "
+            "without data there are pissa, olora and orthogonal"
+        )
     return value
 
 
@@ -56,13 +68,20 @@ class Lora(Section):
     lora_dropout: Finite = 0.0
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: bool | str = True
+    init_lora_weights: Annotated[bool | str, AfterValidator(_refuse_data_driven)] = True
+    loftq_config: dict[str, Whole] | None = None
+    lora_bias: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[Whole] | dict[str, list[Whole]] | None = None
+    ensure_weight_tying: bool = False
+    target_parameters: list[str] | None = None
     layers_to_transform: Whole | list[Whole] | None = None
     layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, Whole] = {}
     alpha_pattern: dict[str, Finite] = {}
+    layer_replication: list[tuple[Whole, Whole]] | None = None
+    alora_invocation_tokens: list[Whole] | None = None
 
     def config(self) -> "LoraConfig":
         """The LoraConfig these fields make; ConfigError if they cannot be right, or need data that a run has not."""

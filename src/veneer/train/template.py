@@ -23,13 +23,20 @@ lora:
   lora_dropout: 0.0
   use_rslora: false        # scale by lora_alpha / sqrt(r) instead
   use_dora: false          # learn magnitude and direction apart
-  init_lora_weights: true  # true | gaussian | false
+  init_lora_weights: true  # true | gaussian | orthogonal | pissa | pissa_niter_16 | olora | mica | loftq | false
+  loftq_config: null       # loftq: for example {loftq_bits: 4, loftq_iter: 1}
+  lora_bias: false         # add a trained bias to each update
   bias: none               # none | lora_only | all
   modules_to_save: null    # layers trained in full beside the adapter
+  trainable_token_indices: null   # tokens whose embedding is trained in full, for example [151643, 151644]
+  ensure_weight_tying: false      # keep tied embeddings tied, also where they are adapted or trained
+  target_parameters: null  # fused experts: [experts.gate_up_proj, experts.down_proj]; all-linear leaves them out
   layers_to_transform: null   # indices of the layers to adapt, for example [20, 21, 22]
   layers_pattern: null
   rank_pattern: {}         # other ranks for some layers, for example {down_proj: 32}
   alpha_pattern: {}
+  layer_replication: null  # build the stack of layers from stretches of itself, for example [[0, 16], [8, 24]]
+  alora_invocation_tokens: null   # the adapter acts from the last occurrence of these tokens on
 
 training:
   epochs: 1                # passes over the data

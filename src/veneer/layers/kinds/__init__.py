@@ -9,6 +9,7 @@ Classes are looked up by name along the method resolution order, so nothing is i
 
 from torch import nn
 
+from veneer.errors import check_kind
 from veneer.layers.kinds.convolution import CONV1D, CONV2D, CONV3D
 from veneer.layers.kinds.embedding import EMBEDDING
 from veneer.layers.kinds.kind import Kind, Layer, Number, Shape
@@ -33,7 +34,10 @@ def class_name(cls: type) -> str:
 
 
 def register_kind(cls: type[nn.Module], kind: Kind) -> None:
-    """Make layers of class `cls` (and its subclasses) adaptable."""
+    """Make layers of class `cls` (and its subclasses) adaptable. Raises ArgumentError for anything else."""
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        check_kind(cls, (), "A class of torch modules")
+    check_kind(kind, Kind, "A veneer.Kind")
     KINDS[class_name(cls)] = kind
 
 
