@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer._version import __version__
 from veneer.config import LoraConfig
-from veneer.errors import AdapterFileError, VeneerWarning, bullet_list
+from veneer.errors import AdapterFileError, VeneerWarning, bullet_list, shortened
 from veneer.layers.replication import replicated
 from veneer.model.apply import carry_out, one_at_a_time
 from veneer.model.overlay import adapters_by_site, overlay_needed
@@ -77,7 +77,9 @@ def save_adapter(
     ]
     if wrong:
         raise AdapterFileError(
-            bullet_list(f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):", wrong[:6])
+            bullet_list(
+                f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):", shortened(wrong)
+            )
         )
     config = overlay.configs[name]
     config.check_unedited()
