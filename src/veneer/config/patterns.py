@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
 
 import regex
 
@@ -21,6 +20,16 @@ _NAME = regex.compile(r"\^?(?:[^\\*+?^$|()\[\]{}.\n]|\\?\.)+")
 def matches_end(pattern: str, path: str) -> bool:
     """Whether a pattern key (a name or a regular expression) matches the end of a path, at a dot."""
     return matches(_at_end(pattern), path)
+
+
+def ends_of(path: str) -> list[str]:
+    """The ends of a path at dots, shortest first.
+
+    >>> ends_of("layers.0.q_proj")
+    ['q_proj', '0.q_proj', 'layers.0.q_proj']
+    """
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
 
 def first_match(keys: Iterable[str], path: str) -> str | None:
@@ -71,10 +80,9 @@ class _Table:
 
     def name_of(self, path: str) -> int | None:
         """The place of the first key that is a name and matches the end of a path."""
-        ends = [*accumulate(reversed(path.split(".")), lambda end, part: f"{part}.{end}")]
         found = [
             self.names[form].get(_with_dots(end, form[2]))
-            for whole, end in [*((False, end) for end in ends), (True, path)]
+            for whole, end in [*((False, end) for end in ends_of(path)), (True, path)]
             for form in self.forms.get((whole, len(end)), ())
         ]
         return min((place for place in found if place is not None), default=None)

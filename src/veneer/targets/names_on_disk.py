@@ -1,6 +1,6 @@
 """The `target_modules` of an adapter file: names that PEFT, and we, read as just the adapted layers."""
 
-from veneer.config import ALL_LINEAR, LoraConfig
+from veneer.config import ALL_LINEAR, LoraConfig, ends_of
 from veneer.errors import TargetError
 from veneer.targets.layer_numbers import layer_index, layer_patterns
 from veneer.targets.names import inside, named, selector
@@ -25,10 +25,10 @@ def names_on_disk(
     others = [path for path in structure.modules if path not in harmless and not inside(path, saved)]
     drops = selector(config.exclude_modules) if config.exclude_modules else lambda path: False
     others = [path for path in others if not drops(path)]
-    taken = {suffix for path in others for suffix in _suffixes(path)}
+    taken = {suffix for path in others for suffix in ends_of(path)}
     names: set[str] = set()
     for path in paths:
-        name = next((suffix for suffix in _suffixes(path) if suffix not in taken), None)
+        name = next((suffix for suffix in ends_of(path) if suffix not in taken), None)
         if name is None:
             other = next(other for other in others if named([path], other))
             raise TargetError(
@@ -37,13 +37,3 @@ def names_on_disk(
             )
         names.add(name)
     return sorted(names)
-
-
-def _suffixes(path: str) -> list[str]:
-    """The ends of a path at dots, shortest first.
-
-    >>> _suffixes("layers.0.q_proj")
-    ['q_proj', '0.q_proj', 'layers.0.q_proj']
-    """
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
