@@ -40,13 +40,14 @@ from veneer.targets.token_rows import TokenSite, check_overlap, indices_on_disk,
 class Resolution:
     """What a config means for one model.
 
-    sites           the layers that get an adapter, in the model's order
-    saved           paths of the modules trained in full
-    biases          full names of the bias parameters trained beside the adapter
-    target_modules  the names or expression that mean just these sites, as an adapter file says it
-    token_rows      the rows of embeddings trained in full
-    token_indices   the same, as an adapter file says it
-    tied            {path: source} of the sites and saved modules that share what is trained on another, their source
+    sites            the layers that get an adapter, in the model's order
+    saved            paths of the modules trained in full
+    biases           full names of the bias parameters trained beside the adapter
+    target_modules   the names or expression that mean just these sites, as an adapter file says it
+    modules_to_save  the names of the modules trained in full, as an adapter file says it
+    token_rows       the rows of embeddings trained in full
+    token_indices    the same, as an adapter file says it
+    tied             {path: source} of the sites and saved modules that share what is trained on another, their source
     """
 
     sites: tuple[Site, ...]
