@@ -256,3 +256,25 @@ def test_a_kind_of_ones_own(monkeypatch):
     adapter = model[0].adapters["default"]
     update = 2 * adapter.scale * x @ adapter.lora_A.T @ adapter.lora_B.T
     assert_close(adapted(x), before + update @ model[1].weight.T)
+
+
+def test_dora_after_another_adapter_divides_by_the_norms_of_the_base_alone():
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4).double()
+    W, bias, route = layer.weight.detach().clone(), layer.bias.detach().clone(), Route()
+    for name in ("a", "b"):
+        magnitude = None if name == "a" else torch.rand(4).double()
+        factors = Factors(torch.randn(2, 5).double(), torch.randn(4, 2).double())
+        attach(layer, name, Adapter(KINDS[class_name(nn.Linear)], factors, scale=0.5, magnitude=magnitude), route)
+    route.set(active=("a", "b"))
+    total = W
+    for name in ("a", "b"):
+        total = layer.adapters[name].merged(total, W)
+    x = torch.randn(3, 5).double()
+    assert_close(layer(x), F.linear(x, total, bias))
+
+
+def test_a_frozen_factor_is_not_among_what_trains():
+    factors = Factors(torch.randn(2, 5), torch.randn(4, 2))
+    adapter = Adapter(KINDS[class_name(nn.Linear)], factors, scale=1.0, frozen=("B",))
+    assert [parameter is adapter.lora_A for parameter in adapter.trained()] == [True]

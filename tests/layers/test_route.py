@@ -135,3 +135,26 @@ def test_checkpointing_that_was_on_before_attaching_is_protected_too():
     assert "_set_gradient_checkpointing" not in vars(plain)
     functions = [vars(m).get("_gradient_checkpointing_func") for m in plain.modules()]
     assert not any(isinstance(f, RoutedCheckpoint) for f in functions)
+
+
+def test_tokens_of_some_rows():
+    tokens = torch.tensor([[True, True, True], [False, False, True]])
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    found = Part(2, torch.tensor([1]), tokens).through(lambda x, y: y + x, x, y)
+    expected = y.clone()
+    expected[1, 2] += x[1, 2]
+    assert torch.equal(found, expected)
+
+
+def test_an_input_without_rows_or_with_more_tokens_is_refused():
+    with pytest.raises(AttachError, match="got 0 rows"):
+        Part(2).check(torch.zeros(0, 3))
+    x = torch.zeros(2, 4, 3)
+    with pytest.raises(AttachError, match="rows have 3 tokens"):
+        Part(2, None, torch.ones(2, 3, dtype=torch.bool)).through(lambda x, y: y, x, x)
+
+
+def test_what_parts_share_is_made_once_for_each_set_of_them():
+    a, b, c = Part(2), Part(2), Part(2)
+    made = [a.shared(parts, torch.device("cpu"), lambda *_: object()) for parts in ([a, b], [a, c], [a, b])]
+    assert made[0] is made[2] is not made[1]

@@ -113,3 +113,13 @@ def test_clashes_are_refused_and_change_nothing():
 def test_a_name_matches_at_a_dot_only():
     with pytest.raises(TargetError, match="'ead' matches nothing"):
         veneer.get_peft_model(tiny.Stack(), veneer.LoraConfig(target_modules=["first"], modules_to_save=["ead"]))
+
+
+def test_of_two_copies_the_one_of_the_last_active_adapter_acts():
+    model = model_with_head()
+    model.add_adapter("b", veneer.LoraConfig(target_modules=["second"], modules_to_save=["head"]))
+    tiny.shake(model)
+    model.set_adapter(["default", "b"])
+    head, x = model.get_base_model().head, torch.randn(2, model.get_base_model().head.in_features)
+    assert torch.equal(head(x), head.modules_to_save["b"](x))
+    assert not torch.equal(head(x), head.modules_to_save["default"](x))

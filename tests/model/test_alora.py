@@ -14,8 +14,8 @@ import tiny
 import veneer
 from veneer.errors import ArgumentError, AttachError, ConfigError, MergeError, VeneerWarning
 from veneer.integrations import transformers as in_place
-from veneer.layers.route import parts_of
-from veneer.model.invocation import NEVER, last_occurrence
+from veneer.layers.route import Prompt, parts_of
+from veneer.model.invocation import NEVER, _positions, last_occurrence
 
 INVOCATION = [7, 9]
 FIELDS = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4}
@@ -430,3 +430,10 @@ class TestWarnings:
         head = model.bare.lm_head.modules_to_save["default"].weight
         hidden = model(prompts(), output_hidden_states=True)
         assert_close(hidden.logits, hidden.hidden_states[-1] @ head.T)
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(1, 5), (6, 0)])
+def test_without_a_cache_that_counts_a_pass_has_the_whole_row_or_what_follows_the_prompt(tokens, first):
+    ids = torch.ones(1, tokens, dtype=torch.long)
+    found = _positions(Prompt({}, 5, generating=True), {"input_ids": ids})
+    assert found.tolist() == list(range(first, first + tokens))

@@ -362,3 +362,13 @@ def test_where_peft_is_wrong(tmp_path):
     assert_close(first(X).logits, new(X).logits)
     assert first.active_peft_config.rank_pattern == {"q_proj": 2}
     shutil.rmtree(tmp_path / "new")
+
+
+def test_a_gradient_of_another_rank_is_dropped(tmp_path):
+    made(tmp_path / "new", seed=7, r=2)
+    model = made()
+    model(X).logits.sum().backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+    veneer.hotswap_adapter(model, tmp_path / "new")
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()

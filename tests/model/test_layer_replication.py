@@ -326,3 +326,11 @@ class TestErrors:
                 self.heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
 
         assert main_stack(Mixed()) == "blocks"
+
+
+def test_a_layer_that_comes_once_is_the_layer_itself():
+    base = tiny.llama()
+    layers = list(base.model.layers)
+    model = adapted(base)
+    stack = model.get_base_model().model.layers
+    assert all(any(layer is one for one in stack) for layer in layers)

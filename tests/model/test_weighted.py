@@ -459,3 +459,11 @@ def test_a_rank_above_what_a_layer_can_have_is_warned_of():
     model = pair(Stack(), {**STACK, "r": 12}, {**STACK, "r": 12})
     with pytest.warns(VeneerWarning, match="get a rank above"):
         model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", "cat")
+
+
+def test_task_and_dropout_are_the_first_adapter_s():
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", lora_dropout=0.3))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both", combination_type="linear")
+    found = model.peft_config["both"]
+    assert (found.task_type, found.lora_dropout) == ("CAUSAL_LM", 0.3)

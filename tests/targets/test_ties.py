@@ -59,3 +59,11 @@ def test_a_tied_site_has_no_parameters_of_its_own():
     assert (embedding.parameters, head.parameters) == (2 * (20 + 8), 0)
     assert embedding.factors == head.factors
     assert resolution.tied == {"lm_head": "transformer.wte"}
+
+
+def test_a_tied_weight_inside_a_larger_saved_module_is_refused():
+    with pytest.raises(veneer.errors.TargetError, match="is part of a larger module in modules_to_save"):
+        resolve(
+            tiny.llama(tied=True),
+            veneer.LoraConfig(target_modules=["q_proj"], modules_to_save=["model"], ensure_weight_tying=True),
+        )

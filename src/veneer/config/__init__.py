@@ -1,7 +1,7 @@
 """LoraConfig: flat data and its rules."""
 
 from veneer.config.lora_config import LoraConfig, rank_and_alpha
-from veneer.config.patterns import matches, matches_end, whole_match
+from veneer.config.patterns import ends_of, first_match, matches, matches_end, whole_match
 from veneer.config.rules import ALL_LINEAR, TaskType
 from veneer.config.sub_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 
@@ -17,6 +17,8 @@ __all__ = [
     "LoraRuntimeConfig",
     "PeftConfig",
     "TaskType",
+    "ends_of",
+    "first_match",
     "matches",
     "matches_end",
     "rank_and_alpha",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from veneer.config.init_names import OPTIONS_FIELD
-from veneer.config.patterns import matches_end
+from veneer.config.patterns import first_match
 from veneer.config.rules import ALL_LINEAR, RULES, TaskType, clashes, why_no_pattern
 from veneer.config.sub_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, SubConfig
 from veneer.config.tidy import tidied
@@ -271,9 +271,9 @@ class LoraConfig:
 
 def rank_and_alpha(config: LoraConfig, path: str) -> tuple[int, float]:
     """The rank and alpha of the layer at `path`: the first pattern that matches, or the config's own."""
-    rank = next((v for key, v in config.rank_pattern.items() if matches_end(key, path)), config.r)
-    alpha = next((v for key, v in config.alpha_pattern.items() if matches_end(key, path)), config.lora_alpha)
-    return rank, alpha
+    rank_key, alpha_key = first_match(config.rank_pattern, path), first_match(config.alpha_pattern, path)
+    rank = config.r if rank_key is None else config.rank_pattern[rank_key]
+    return rank, config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
 
 
 def _field_names() -> list[str]:

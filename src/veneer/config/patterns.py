@@ -2,6 +2,9 @@
 
 import re
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import regex
 
@@ -10,10 +13,98 @@ from veneer.errors import ConfigError
 SECONDS = 1.0  # how long one regular expression may take on one name
 LONGEST = 1000  # characters
 
+# A pattern key that is a name: its dots stand for any character, those after a backslash for dots.
+_NAME = regex.compile(r"\^?(?:[^\\*+?^$|()\[\]{}.\n]|\\?\.)+")
+
 
 def matches_end(pattern: str, path: str) -> bool:
     """Whether a pattern key (a name or a regular expression) matches the end of a path, at a dot."""
-    return matches(rf"(?:.*\.)?(?:{pattern})", path)
+    return matches(_at_end(pattern), path)
+
+
+def ends_of(path: str) -> list[str]:
+    """The ends of a path at dots, shortest first.
+
+    >>> ends_of("layers.0.q_proj")
+    ['q_proj', '0.q_proj', 'layers.0.q_proj']
+    """
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def first_match(keys: Iterable[str], path: str) -> str | None:
+    """The first of the pattern keys that matches the end of a path, as `matches_end` says; None if none does.
+
+    Keys that are names are looked up, so that a model may have one for each of its layers.
+    """
+    table = _table(tuple(keys))
+    best = table.name_of(path)
+    for place, key in table.expressions:
+        if best is not None and place > best:
+            break
+        if matches_end(key, path):
+            return key
+    return None if best is None else table.keys[best]
+
+
+# How a name is looked up: whether it is the whole path, its length, and where it has dots that stand for any character.
+_Form = tuple[bool, int, tuple[int, ...]]
+
+
+@dataclass
+class _Table:
+    """Pattern keys in their order, such that names are found without trying each.
+
+    expressions  (place, key) of those that must be tried
+    names        {name: place} of the others, by their form
+    forms        the forms there are, by what tells them without looking at dots
+    """
+
+    keys: tuple[str, ...]
+    expressions: list[tuple[int, str]] = field(default_factory=list)
+    names: dict[_Form, dict[str, int]] = field(default_factory=dict)
+    forms: dict[tuple[bool, int], list[_Form]] = field(default_factory=dict)
+
+    def add(self, place: int, key: str) -> None:
+        """Enter a key."""
+        if not _NAME.fullmatch(key):
+            self.expressions.append((place, key))
+            return
+        whole = key.startswith("^")
+        letters = regex.findall(r"\\?.", key.removeprefix("^"))
+        form = whole, len(letters), tuple(index for index, letter in enumerate(letters) if letter == ".")
+        if form not in self.names:
+            self.forms.setdefault(form[:2], []).append(form)
+        name = "".join(letter[-1] for letter in letters)
+        self.names.setdefault(form, {}).setdefault(name, place)
+
+    def name_of(self, path: str) -> int | None:
+        """The place of the first key that is a name and matches the end of a path."""
+        found = [
+            self.names[form].get(_with_dots(end, form[2]))
+            for whole, end in [*((False, end) for end in ends_of(path)), (True, path)]
+            for form in self.forms.get((whole, len(end)), ())
+        ]
+        return min((place for place in found if place is not None), default=None)
+
+
+@lru_cache(maxsize=8)
+def _table(keys: tuple[str, ...]) -> _Table:
+    table = _Table(keys)
+    for place, key in enumerate(keys):
+        table.add(place, key)
+    return table
+
+
+def _with_dots(name: str, places: Iterable[int]) -> str:
+    letters = list(name)
+    for place in places:
+        letters[place] = "."
+    return "".join(letters)
+
+
+def _at_end(pattern: str) -> str:
+    return rf"(?:.*\.)?(?:{pattern})"
 
 
 def matches(pattern: str, path: str) -> bool:

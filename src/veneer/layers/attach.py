@@ -92,12 +92,9 @@ def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
     Raises AttachError if something other than accelerate has replaced the layer's forward.
     """
     if not isinstance(layer, Adapted):
-        swap.check_forward(layer)
-        layer.adapters = Adapters({name: adapter.train(layer.training)})
-        layer._veneer_route = route
-        swap.place(layer, Adapted)
-    else:
-        layer.adapters[name] = adapter.train(layer.training)
+        swap.lay_over(layer, Adapted, CHILD, Adapters(), route)
+    adapters: Any = layer.adapters
+    adapters[name] = adapter.train(layer.training)
 
 
 def adapter_on(layer: Layer, name: str, parameter: str = "weight") -> Adapter:
@@ -108,11 +105,5 @@ def adapter_on(layer: Layer, name: str, parameter: str = "weight") -> Adapter:
 
 def detach(layer: Layer, name: str) -> None:
     """Take an adapter away. With the last one the layer is what it was before."""
-    if not isinstance(layer, Adapted) or name not in layer.adapters:
-        return
-    if len(layer.adapters) > 1:
-        del layer.adapters[name]
-        return
-    swap.take_away(layer)
-    del layer.adapters
-    del layer._veneer_route
+    if isinstance(layer, Adapted):
+        swap.forget(layer, CHILD, name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.errors import AttachError
 from veneer.layers import swap
 from veneer.layers.adapter import Adapter
-from veneer.layers.attach import Adapted, Adapters
+from veneer.layers.attach import CHILD, Adapted, Adapters
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
 
@@ -126,15 +126,11 @@ def attach(module: Layer, name: str, adapter: Adapter, route: Route, parameter: 
 
     Raises AttachError if something other than accelerate has replaced the module's forward.
     """
-    first = not isinstance(module, ByWeight)
-    if first:
-        swap.check_forward(module)
-        module.adapters = Adapters()
-        module._veneer_route = route
+    if not isinstance(module, ByWeight):
+        front = ByWeightAttention if isinstance(module, nn.MultiheadAttention) else ByWeight
+        swap.lay_over(module, front, CHILD, Adapters(), route)
     adapters: Any = module.adapters
     if name not in adapters:
         adapters[name] = ByParameter()
     adapters[name].add_module(parameter, adapter)
     adapters[name].train(module.training)
-    if first:
-        swap.place(module, ByWeightAttention if isinstance(module, nn.MultiheadAttention) else ByWeight)

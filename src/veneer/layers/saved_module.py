@@ -91,12 +91,10 @@ def keep_copy(module: Layer, name: str, route: Route, *, weight: nn.Parameter | 
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(copy, hooks).clear()  # they run on the module itself already
     if not is_saved(module):
-        swap.check_forward(module)
-        module.modules_to_save = Copies({name: copy})
-        module._veneer_route = route
-        swap.place(module, SavedSequential if isinstance(module, nn.Sequential) else Saved)
-    else:
-        module.modules_to_save[name] = copy
+        front = SavedSequential if isinstance(module, nn.Sequential) else Saved
+        swap.lay_over(module, front, CHILD, Copies(), route)
+    copies: Any = module.modules_to_save
+    copies[name] = copy
 
 
 def _plain_copy(module: Layer, shared: dict[int, Any]) -> Layer:
@@ -113,14 +111,8 @@ def _plain_copy(module: Layer, shared: dict[int, Any]) -> Layer:
 
 def drop_copy(module: Layer, name: str) -> None:
     """Forget adapter `name`'s copy. With the last one the module is what it was before."""
-    if not is_saved(module) or name not in module.modules_to_save:
-        return
-    if len(module.modules_to_save) > 1:
-        del module.modules_to_save[name]
-        return
-    swap.take_away(module)
-    del module.modules_to_save
-    del module._veneer_route
+    if is_saved(module):
+        swap.forget(module, CHILD, name)
 
 
 def contains_adapted(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from veneer.errors import AttachError
 from veneer.layers.kinds import Layer
+from veneer.layers.route import Route
 
 
 class Front(nn.Module):
@@ -78,6 +79,30 @@ def take_away(module: Layer) -> None:
         )
     module.__class__ = base
     _rebind_hook(module)
+
+
+def lay_over(module: Layer, front: type[Front], child: str, table: nn.ModuleDict, route: Route) -> None:
+    """Place `front` before the module's class, with what it reads: a child that holds something by adapter name.
+
+    Raises AttachError as `check_forward` does.
+    """
+    check_forward(module)
+    setattr(module, child, table)
+    module._veneer_route = route
+    place(module, front)
+
+
+def forget(module: Layer, child: str, name: str) -> None:
+    """Drop what an adapter has in the child, if anything. With the last one the module is what it was before."""
+    table = getattr(module, child)
+    if name not in table:
+        return
+    if len(table) > 1:
+        del table[name]
+        return
+    take_away(module)
+    delattr(module, child)
+    del module._veneer_route
 
 
 def check_forward(module: nn.Module) -> None:

@@ -155,26 +155,16 @@ def keep_rows(module: Layer, name: str, rows: TokenRows, route: Route) -> None:
     Raises AttachError if something other than accelerate has replaced the module's forward.
     """
     if not has_rows(module):
-        swap.check_forward(module)
         front = _front_for(module)
         assert front is not None
-        module.token_rows = RowsByAdapter({name: rows})
-        module._veneer_route = route
-        swap.place(module, front)
-    else:
-        module.token_rows[name] = rows
+        swap.lay_over(module, front, CHILD, RowsByAdapter(), route)
+    module.token_rows[name] = rows
 
 
 def drop_rows(module: Layer, name: str) -> None:
     """Forget adapter `name`'s rows. With the last ones the module is what it was before."""
-    if not has_rows(module) or name not in module.token_rows:
-        return
-    if len(module.token_rows) > 1:
-        del module.token_rows[name]
-        return
-    swap.take_away(module)
-    del module.token_rows
-    del module._veneer_route
+    if has_rows(module):
+        swap.forget(module, CHILD, name)
 
 
 def _front_for(module: nn.Module) -> type[WithRows] | None:

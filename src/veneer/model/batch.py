@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError, bullet_list
+from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError, bullet_list, shortened
 from veneer.layers.route import BASE, parts_of
 from veneer.layers.swap import front_of
 from veneer.model.invocation import Offsets, arguments, prompted
@@ -91,7 +91,9 @@ def _checked(model: nn.Module, overlay: Overlay, adapter_names: Sequence[str], g
     if len(set(names)) > 1:
         problems = [problem for name in distinct for problem in _why_not_by_rows(model, overlay, name, given)]
         if problems:
-            raise AttachError(bullet_list("Adapters cannot be chosen row by row (use set_adapter):", problems[:6]))
+            raise AttachError(
+                bullet_list("Adapters cannot be chosen row by row (use set_adapter):", shortened(problems))
+            )
     return names
 
 

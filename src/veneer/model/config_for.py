@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.config import LoraConfig
+from veneer.config import LoraConfig, ends_of
 from veneer.errors import TargetError
 from veneer.targets.names_on_disk import names_on_disk
 from veneer.targets.structure import structure_of
@@ -37,15 +37,9 @@ def config_for(model: nn.Module, ranks: Mapping[str, int], *, saved: Sequence[st
 
 def _pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
     """The ranks that differ. A path also means paths that end with it: those come before it, with their own rank."""
-    differing = [path for path in ranks if ranks[path] != rank]
-    ends = set(differing)
-    meant = [path for path in ranks if path in ends or any(end in ends for end in _ends(path))]
+    differing = {path for path in ranks if ranks[path] != rank}
+    meant = [path for path in ranks if differing.intersection(ends_of(path))]
     return {path: ranks[path] for path in sorted(meant, key=len, reverse=True)}
-
-
-def _ends(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(1, len(parts))]
 
 
 def _names(model: nn.Module, paths: list[str], saved: list[str]) -> list[str] | str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.config import LoraConfig, TaskType
-from veneer.errors import ConfigError, MergeError, VeneerWarning, bullet_list
+from veneer.errors import ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.functional.extract import Extraction, check_rank, difference, extract
 from veneer.layers.saved_module import original_state
 from veneer.layers.weights import read
@@ -29,12 +29,10 @@ from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import overlay_of
 from veneer.model.pretrained import with_base_name
 from veneer.model.tensors import bias_key, site_keys
-from veneer.model.updates import by_weight
 from veneer.storage import keys
 from veneer.targets import Resolution, Site, resolve
 from veneer.targets.names import inside
 
-_LISTED = 6  # how many problems of one sort are worth reading
 _One = TypeVar("_One")
 
 
@@ -180,7 +178,7 @@ def _check_pair(tuned: nn.Module, base: nn.Module) -> None:
     problems += [f"{name} of tuned is not loaded (on the meta device)" for name in theirs if theirs[name].is_meta]
     if problems:
         headline = "A difference needs the very model that was tuned, loaded twice:"
-        raise ConfigError(bullet_list(headline, _shortened(problems)))
+        raise ConfigError(bullet_list(headline, shortened(problems)))
 
 
 def check_sites(sites: Iterable[Site], rank: int | float) -> None:
@@ -188,23 +186,18 @@ def check_sites(sites: Iterable[Site], rank: int | float) -> None:
     problems = [f"{site.path}: {why}" for site in sites if (why := _why_not(site, rank))]
     if problems:
         headline = f"rank={rank} is not possible on {len(problems)} layer(s); see exclude_modules:"
-        raise ConfigError(bullet_list(headline, _shortened(problems)))
+        raise ConfigError(bullet_list(headline, shortened(problems)))
 
 
 def _why_not(site: Site, rank: int | float) -> str | None:
     (rows, *_), (_, columns, *_) = site.factors
-    if by_weight(site):
+    if site.by_weight:
         return f"its {site.parameter} is read and never called, which is not available yet"
     if rows != columns:
         return "a grouped convolution, whose LoRA is no difference of weights"
     if isinstance(rank, Integral) and rank > min(site.shape):
         return f"{site.shape[0]} x {site.shape[1]} can have rank {min(site.shape)} at most"
     return None
-
-
-def _shortened(problems: list[str]) -> list[str]:
-    more = len(problems) - _LISTED
-    return [*problems[:_LISTED], *([f"… and {more} more like these"] if more > 0 else [])]
 
 
 def _difference(tuned: nn.Module, base: nn.Module, site: Site, device: torch.device | str | None) -> Tensor:
@@ -276,7 +269,7 @@ def _warn_of_rest(left_out: Mapping[str, float]) -> None:
     names = sorted(left_out, key=lambda name: -left_out[name])
     warnings.warn(
         f"{len(names)} more tensor(s) changed and are not in the LoRA, the most changed first: "
-        f"{', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}. To take them over in full, name their "
+        f"{', '.join(shortened(names))}. To take them over in full, name their "
         "modules in modules_to_save, or set bias='all' for biases.",
         VeneerWarning,
         stacklevel=3,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer._version import __version__
 from veneer.config import LoraConfig
-from veneer.errors import AdapterFileError, ConfigError, VeneerWarning, bullet_list, check_kind
+from veneer.errors import AdapterFileError, ConfigError, VeneerWarning, bullet_list, check_kind, shortened
 from veneer.layers.replication import replicated
 from veneer.layers.saved_module import original_state
 from veneer.model.apply import carry_out, one_at_a_time
@@ -83,7 +83,9 @@ def save_adapter(
     ]
     if wrong:
         raise AdapterFileError(
-            bullet_list(f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):", wrong[:6])
+            bullet_list(
+                f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):", shortened(wrong)
+            )
         )
     config = overlay.configs[name]
     config.check_unedited()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AttachError, ConfigError, TargetError, VeneerWarning, bullet_list, check_kind
+from veneer.errors import AttachError, ConfigError, TargetError, VeneerWarning, bullet_list, check_kind, shortened
 from veneer.model.apply import activate, add_adapter, one_at_a_time
 from veneer.model.methods import AdapterMethods
 from veneer.model.pretrained import guard_saving, with_base_name
@@ -59,8 +59,7 @@ def _config_from_keys(config: LoraConfig, model: nn.Module, state: Mapping[str, 
     if not paths:
         raise TargetError("No key of state_dict names a layer with a factor (….lora_A.weight and so on).")
     if unknown := [path for path in paths if path not in modules]:
-        more = [f"… and {len(unknown) - 6} more"] if len(unknown) > 6 else []
-        raise TargetError(bullet_list("state_dict names layers that the model does not have:", [*unknown[:6], *more]))
+        raise TargetError(bullet_list("state_dict names layers that the model does not have:", shortened(unknown)))
     named = config.changed(target_modules=paths, **dict.fromkeys(_NARROWING))
     found = {site.path for site in resolve(model, named, strict=False).sites}
     if found != set(paths):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import MergeError, bullet_list
+from veneer.errors import MergeError, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.replication import replication_of
@@ -223,7 +223,7 @@ def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple
                 yield (path, "bias"), bias
     if problems:
         raise MergeError(
-            bullet_list(f"Not merged: {len(problems)} weight(s) cannot take the adapter in:", problems[:6])
+            bullet_list(f"Not merged: {len(problems)} weight(s) cannot take the adapter in:", shortened(problems))
         )
 
 

@@ -24,13 +24,16 @@ _ATTRIBUTE = "_veneer_overlay"
 class Overlay:
     """Everything by adapter name, and the route that the layers share.
 
-    biases     the biases an adapter trains
-    bases      the base weights an adapter has replaced, as LoftQ does
-    trainable  whether the adapter may get gradients; False for one that was loaded for use
+    route        which adapters act; every layer has the same one
+    configs      as an adapter file will say them, by which the adapters there are known
+    resolutions  what they mean for this model
+    biases       the biases an adapter trains
+    bases        the base weights an adapter has replaced, as LoftQ does
+    trainable    whether the adapter may get gradients; False for one that was loaded for use
     not_by_rows  why an adapter cannot serve rows of a batch, as found for a resolution
-    idle       sites an adapter has and does not use since one with fewer layers was swapped in: zero there
-    waiting    adapters whose initialisation (EVA) has not seen its data yet
-    originals  while adapters are merged: the base's parameters by (path, name), to be put back as they were
+    idle         sites an adapter has and does not use since one with fewer layers was swapped in: zero there
+    waiting      adapters whose initialisation (EVA) has not seen its data yet
+    originals    while adapters are merged: the base's parameters by (path, name), to be put back as they were
     """
 
     route: Route = field(default_factory=Route)

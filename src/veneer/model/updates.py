@@ -27,7 +27,7 @@ def why_not_update(model: nn.Module, name: str) -> list[str]:
     overlay = overlay_needed(model)
     config = overlay.configs[name]
     problems = [f"adapter {name}: {why} ({field})" for field, why in _MORE.items() if getattr(config, field)]
-    found = next((site for site in overlay.resolutions[name].sites if by_weight(site)), None)
+    found = next((site for site in overlay.resolutions[name].sites if site.by_weight), None)
     if found is not None:
         problems.append(f"adapter {name}: it adapts {found.parameter} of {found.path}, which is read and never called")
     if name in overlay.bases:
@@ -35,11 +35,6 @@ def why_not_update(model: nn.Module, name: str) -> list[str]:
             f"adapter {name}: it goes with base weights of its own (init_lora_weights={config.init_lora_weights!r})"
         )
     return problems
-
-
-def by_weight(site: Site) -> bool:
-    """Whether this is no layer's weight but a parameter that its owner reads, as of an attention's projections."""
-    return site.by_weight
 
 
 def is_product(site: Site) -> bool:

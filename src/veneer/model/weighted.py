@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.errors import ConfigError, MergeError, VeneerError, bullet_list
+from veneer.errors import ConfigError, MergeError, VeneerError, bullet_list, shortened
 from veneer.functional.combine import Combination, Update, check_combination, combine, combined_rank
 from veneer.layers.adapter import Adapter
 from veneer.model.apply import carry_out, plain_base
@@ -22,7 +22,6 @@ from veneer.storage import keys
 from veneer.targets import Site
 
 _HALF = (torch.float16, torch.bfloat16)
-_LISTED = 6  # how many problems of one sort are worth reading
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,7 @@ def _rank(part: Part) -> int:
 
 def _refuse(names: Sequence[str], problems: Sequence[str]) -> None:
     if problems:
-        more = len(problems) - _LISTED
-        shown = [*problems[:_LISTED], *([f"… and {more} more like these"] if more > 0 else [])]
-        raise ConfigError(bullet_list(f"Adapters {', '.join(names)} cannot be combined:", shown))
+        raise ConfigError(bullet_list(f"Adapters {', '.join(names)} cannot be combined:", shortened(problems)))
 
 
 def _lines(error: VeneerError) -> list[str]:

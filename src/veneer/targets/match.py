@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from veneer.config import ALL_LINEAR, LoraConfig, matches_end, rank_and_alpha
+from veneer.config import ALL_LINEAR, LoraConfig, first_match, matches_end, rank_and_alpha
 from veneer.errors import VeneerWarning
 from veneer.layers.kinds import EMBEDDING, kind_of
 from veneer.layers.kinds.tied import TIED_HEAD
@@ -41,13 +41,14 @@ from veneer.targets.token_rows import TokenSite, check_overlap, indices_on_disk,
 class Resolution:
     """What a config means for one model.
 
-    sites           the layers that get an adapter, in the model's order
-    saved           paths of the modules trained in full
-    biases          full names of the bias parameters trained beside the adapter
-    target_modules  the names or expression that mean just these sites, as an adapter file says it
-    token_rows      the rows of embeddings trained in full
-    token_indices   the same, as an adapter file says it
-    tied            {path: source} of the sites and saved modules that share what is trained on another, their source
+    sites            the layers that get an adapter, in the model's order
+    saved            paths of the modules trained in full
+    biases           full names of the bias parameters trained beside the adapter
+    target_modules   the names or expression that mean just these sites, as an adapter file says it
+    modules_to_save  the names of the modules trained in full, as an adapter file says it
+    token_rows       the rows of embeddings trained in full
+    token_indices    the same, as an adapter file says it
+    tied             {path: source} of the sites and saved modules that share what is trained on another, their source
     """
 
     sites: tuple[Site, ...]
@@ -148,16 +149,16 @@ def _excluded(structure: Structure, config: LoraConfig, chosen: list[str], findi
 
 def _check_patterns(config: LoraConfig, paths: list[str], findings: Findings) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
-        free = list(paths)
-        for key in getattr(config, field):
-            mine = [path for path in paths if matches_end(key, path)]
-            if paths and not mine:
-                findings.idle.append(explain_unmatched(field, key, paths))
-            elif mine and not set(mine) & set(free):
-                findings.idle.append(
-                    f"{field}: {key!r} has no effect, keys before it match the same layers; put it first"
-                )
-            free = [path for path in free if path not in set(mine)]
+        keys = getattr(config, field)
+        used = {first_match(keys, path) for path in paths}
+        for key in keys if paths else ():
+            if key in used:
+                continue
+            if any(matches_end(key, path) for path in paths):
+                problem = f"{field}: {key!r} has no effect, keys before it match the same layers; put it first"
+            else:
+                problem = explain_unmatched(field, key, paths)
+            findings.idle.append(problem)
 
 
 def _check_layers(

@@ -25,13 +25,3 @@ def selector(choice: list[str] | str) -> Callable[[str], bool]:
 def inside(path: str, roots: Iterable[str]) -> bool:
     """Whether a path is one of the roots or lies below one."""
     return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def ends(path: str) -> list[str]:
-    """The ends of a path at dots, shortest first.
-
-    >>> ends("layers.0.q_proj")
-    ['q_proj', '0.q_proj', 'layers.0.q_proj']
-    """
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]

@@ -1,9 +1,9 @@
 """The `target_modules` of an adapter file: names that PEFT, and we, read as just the adapted layers."""
 
-from veneer.config import ALL_LINEAR, LoraConfig
+from veneer.config import ALL_LINEAR, LoraConfig, ends_of
 from veneer.errors import TargetError
 from veneer.targets.layer_numbers import layer_index, layer_patterns
-from veneer.targets.names import ends, inside, named, selector
+from veneer.targets.names import inside, named, selector
 from veneer.targets.structure import Structure
 
 
@@ -25,10 +25,10 @@ def names_on_disk(
     others = [path for path in structure.modules if path not in harmless and not inside(path, saved)]
     drops = selector(config.exclude_modules) if config.exclude_modules else lambda path: False
     others = [path for path in others if not drops(path)]
-    taken = {suffix for path in others for suffix in ends(path)}
+    taken = {suffix for path in others for suffix in ends_of(path)}
     names: set[str] = set()
     for path in paths:
-        name = next((suffix for suffix in ends(path) if suffix not in taken), None)
+        name = next((suffix for suffix in ends_of(path) if suffix not in taken), None)
         if name is None:
             other = next(other for other in others if named([path], other))
             raise TargetError(

@@ -3,10 +3,10 @@
 import warnings
 from collections.abc import Iterable
 
-from veneer.config import LoraConfig, TaskType
+from veneer.config import LoraConfig, TaskType, ends_of
 from veneer.errors import VeneerWarning
 from veneer.targets.findings import Findings
-from veneer.targets.names import ends, inside, named
+from veneer.targets.names import inside, named
 from veneer.targets.structure import Structure
 from veneer.targets.suggest import explain_unmatched
 
@@ -49,7 +49,7 @@ def _read_alike(structure: Structure, names: list[str], heads: Iterable[str], sa
             found.append(name)
             continue
         for path in mine:
-            longer = (end for end in ends(path) if not any(other.endswith(end) for other in others))
+            longer = (end for end in ends_of(path) if not any(other.endswith(end) for other in others))
             found.append(next(longer, name))
     return list(dict.fromkeys(found))
 

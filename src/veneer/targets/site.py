@@ -11,13 +11,16 @@ from veneer.layers.kinds import Kind, Shape
 class Site:
     """Where an adapter goes and what it looks like.
 
-    path, parameter  the layer, and the name of its weight there
-    shape            (O, I), (out, in) of the weight as a matrix
-    factors          the shapes of A and B
-    magnitude        the shape of DoRA's magnitude in an adapter file
-    bias             whether it has a bias of its own (`lora_bias`)
-    tied_to          the path of the site whose adapter it shares, None for one of its own
-    file_path        the path its tensors have in an adapter file, if it is not `path`
+    path, parameter      the layer, and the name of its weight there
+    kind                 what is known of such a layer
+    shape                (O, I), (out, in) of the weight as a matrix
+    factors              the shapes of A and B
+    magnitude            the shape of DoRA's magnitude in an adapter file
+    rank, alpha, rslora  R, and what its scale follows from
+    dora, dropout        the rule, and how much of the input is dropped in training
+    bias                 whether it has a bias of its own (`lora_bias`)
+    tied_to              the path of the site whose adapter it shares, None for one of its own
+    file_path            the path its tensors have in an adapter file, if it is not `path`
     """
 
     path: str

@@ -20,9 +20,11 @@ _GETTERS = ("get_input_embeddings", "get_output_embeddings")
 class Structure:
     """A model's modules by path, without adapters and copies.
 
+    model_name     the class of the model
     modules        every module but the root, in the model's order
     layers         those that can be adapted
     linear_layers  those that "all-linear" means: linear, and neither the output head nor a part of an attention module
+    readers        why a module cannot be adapted whose weight its owner reads, by path
     parameters     full names of all parameters, those of the model itself included
     """
 
