@@ -104,10 +104,6 @@ def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
         (SMALL + "lora: {r: 0}", "lora.r"),
         (SMALL + "lora: {init_lora_weights: eva}", "lora: init_lora_weights='eva' starts from something measured"),
         (SMALL + "lora: {lora_dropout: 1.5}", "lora.lora_dropout"),
-        (
-            SMALL + "lora: {init_lora_weights: eva}",
-            "lora.init_lora_weights: 'eva' starts from what is measured",
-        ),
         (SMALL + "lora: {init_lora_weights: pisa}", "lora.init_lora_weights='pisa': must be True, False"),
         (SMALL + "lora: {loftq_config: {loftq_bits: 4}}", "lora.loftq_config does nothing without init_lora_weights"),
         (SMALL + "lora: {layer_replication: [[2, 1]]}", "lora.layer_replication=[(2, 1)]: must be None or a list of"),

@@ -131,7 +131,7 @@ class PeftModel(AdapterMethods):
             )
         names = list(self.peft_config) if selected_adapters is None else as_names(selected_adapters)
         check_kind(save_directory, (str, os.PathLike), "The folder to save to (save_directory)")
-        if not names:
+        if selected_adapters is not None and not names:
             raise AdapterNameError("There is nothing to save: no adapter is selected.")
         if not is_main_process:
             return

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from veneer.config.init_names import DATA_DRIVEN
 
@@ -14,16 +14,6 @@ def _refuse_truth(value: Any) -> Any:
     """Python counts true as 1; a number that is written as true is a mistake."""
     if isinstance(value, bool):
         raise ValueError(f"should be a number, got {str(value).lower()}")
-    return value
-
-
-def _refuse_data_driven(value: bool | str) -> bool | str:
-    """Nothing in a run measures what these starts need."""
-    if value in DATA_DRIVEN:
-        raise ValueError(
-            f"{value!r} starts from what is measured on data first, which only Python can do; "
-            "without data there are pissa, olora and orthogonal"
-        )
     return value
 
 
@@ -68,7 +58,7 @@ class Lora(Section):
     lora_dropout: Finite = 0.0
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: Annotated[bool | str, AfterValidator(_refuse_data_driven)] = True
+    init_lora_weights: bool | str = True
     loftq_config: dict[str, Whole] | None = None
     lora_bias: bool = False
     bias: str = "none"
@@ -86,7 +76,6 @@ class Lora(Section):
     def config(self) -> "LoraConfig":
         """The LoraConfig these fields make; ConfigError if they cannot be right, or need data that a run has not."""
         from veneer import LoraConfig
-        from veneer.config.init_names import DATA_DRIVEN
         from veneer.errors import ConfigError
 
         if self.init_lora_weights in DATA_DRIVEN:
