@@ -86,7 +86,7 @@ def test_unmerging_gives_the_base_back_bit_for_bit(made, chosen, seed, dtype, da
     assert torch.equal(model.unload()[0].weight.view(bits), before.view(bits))
 
 
-@settings(MANY, max_examples=200)
+@MANY
 @given(layers(), fields(), seeds)
 def test_a_saved_adapter_loads_as_it_was(tmp_path_factory, made, chosen, seed):
     layer, x = made

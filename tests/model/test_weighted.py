@@ -204,7 +204,7 @@ def adapters(draw):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.lists(adapters(), min_size=1, max_size=3), st.lists(st.floats(-3, 3), min_size=3, max_size=3), st.booleans())
 def test_cat_merges_to_the_weighted_sum_in_float64(configs, weights, by_svd):
     base = TwoLayers()
