@@ -38,6 +38,7 @@ _HOMES = {
     "PeftModelForSeq2SeqLM": "veneer.model.facade",
     "PeftModelForSequenceClassification": "veneer.model.facade",
     "PeftModelForTokenClassification": "veneer.model.facade",
+    "PeftType": "veneer.config",
     "TaskType": "veneer.config",
     "TunerLayerStatus": "veneer.model.status",
     "TunerModelStatus": "veneer.model.status",
@@ -56,6 +57,7 @@ _HOMES = {
     "hotswap_adapter_from_state_dict": "veneer.model.hotswap",
     "initialize_lora_eva_weights": "veneer.model.measure.eva",
     "inject_adapter_in_model": "veneer.model.inject",
+    "install_as_peft": "veneer.integrations.as_peft",
     "load_peft_weights": "veneer.model.state_dict",
     "prepare_model_for_compiled_hotswap": "veneer.model.hotswap",
     "prepare_model_for_kbit_training": "veneer.model.precision",
@@ -78,8 +80,10 @@ if TYPE_CHECKING:
         LoraGAConfig,
         LoraRuntimeConfig,
         PeftConfig,
+        PeftType,
         TaskType,
     )
+    from veneer.integrations.as_peft import install_as_peft
     from veneer.integrations.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -150,6 +154,7 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
+    "PeftType",
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
@@ -169,6 +174,7 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "install_as_peft",
     "load_peft_weights",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",

@@ -8,6 +8,7 @@
     ├── AdapterFileError (ValueError)      an adapter folder that is missing, damaged or does not fit
     ├── AttachError (RuntimeError)         a model in a state in which adapters cannot be attached
     ├── MergeError (RuntimeError)          a merge that would be wrong
+    ├── AliasError (RuntimeError)          the name `peft` cannot mean Veneer any more in this process
     ├── ArgumentError (TypeError)          an argument of a kind that cannot be meant: a text for a number, say
     ├── DataError (ValueError)             a training row that cannot be used
     ├── RunError (ValueError)              a run file or a command line that cannot be right
@@ -52,6 +53,10 @@ class AttachError(VeneerError, RuntimeError):
 
 class MergeError(VeneerError, RuntimeError):
     """A merge that would give wrong weights."""
+
+
+class AliasError(VeneerError, RuntimeError):
+    """The name `peft` cannot mean Veneer any more in this process."""
 
 
 class ArgumentError(VeneerError, TypeError):

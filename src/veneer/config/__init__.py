@@ -2,7 +2,7 @@
 
 from veneer.config.lora_config import LoraConfig, rank_and_alpha
 from veneer.config.patterns import ends_of, first_match, matches, matches_end, whole_match
-from veneer.config.rules import ALL_LINEAR, TaskType
+from veneer.config.rules import ALL_LINEAR, PeftType, TaskType
 from veneer.config.sub_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 
 PeftConfig = LoraConfig
@@ -16,6 +16,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraRuntimeConfig",
     "PeftConfig",
+    "PeftType",
     "TaskType",
     "ends_of",
     "first_match",

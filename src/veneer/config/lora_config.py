@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from veneer.config.init_names import OPTIONS_FIELD
 from veneer.config.patterns import first_match
-from veneer.config.rules import ALL_LINEAR, RULES, TaskType, clashes, why_no_pattern
+from veneer.config.rules import ALL_LINEAR, RULES, PeftType, TaskType, clashes, why_no_pattern
 from veneer.config.sub_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig, SubConfig
 from veneer.config.tidy import tidied
 from veneer.errors import ConfigError, UnknownFieldError, bullet_list
@@ -144,7 +144,7 @@ class LoraConfig:
     lora_ga_config: LoraGAConfig | None = None
     runtime_config: LoraRuntimeConfig = LoraRuntimeConfig()
 
-    peft_type: ClassVar[str] = "LORA"
+    peft_type: ClassVar[PeftType] = PeftType.LORA
     _agreed: ClassVar[dict[str, Any] | None] = None  # of a config in use: what its adapter was made with
 
     def __init_subclass__(cls) -> None:
@@ -206,7 +206,7 @@ class LoraConfig:
             if name != "runtime_config"
         }
         data["loftq_config"] = data["loftq_config"] or {}  # as PEFT writes it
-        return {"peft_type": self.peft_type, **data}
+        return {"peft_type": str(self.peft_type), **data}
 
     def to_json(self) -> str:
         """The text of an `adapter_config.json`, sorted by field. The order of a pattern's keys counts, so it stays."""

@@ -17,6 +17,12 @@ MAX_RANK = 1 << 16  # above what any weight can have; a slip such as r=10**8 wou
 BIASES = ("none", "all", "lora_only")
 
 
+class PeftType(StrEnum):
+    """The method of an adapter, as files and other libraries name it: there is one."""
+
+    LORA = "LORA"
+
+
 class TaskType(StrEnum):
     """What the model is for; it decides which head is trained and saved with the adapter."""
 
