@@ -41,6 +41,7 @@ _HOMES = {
     "TaskType": "veneer.config",
     "TunerLayerStatus": "veneer.model.status",
     "TunerModelStatus": "veneer.model.status",
+    "add_adapter": "veneer.integrations.transformers",
     "cast_mixed_precision_params": "veneer.model.precision",
     "convert_to_lora": "veneer.model.conversion",
     "create_lorafa_optimizer": "veneer.optimizers",
@@ -56,6 +57,7 @@ _HOMES = {
     "hotswap_adapter_from_state_dict": "veneer.model.hotswap",
     "initialize_lora_eva_weights": "veneer.model.measure.eva",
     "inject_adapter_in_model": "veneer.model.inject",
+    "load_adapter": "veneer.integrations.transformers",
     "load_peft_weights": "veneer.model.state_dict",
     "prepare_model_for_compiled_hotswap": "veneer.model.hotswap",
     "prepare_model_for_kbit_training": "veneer.model.precision",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from veneer.integrations.transformers import add_adapter, load_adapter
     from veneer.layers.kinds import Kind, register_kind
     from veneer.model.conversion import convert_to_lora, save_as_lora
     from veneer.model.extraction import ExtractedLora, extract_lora
@@ -154,6 +157,7 @@ __all__ = [
     "TunerLayerStatus",
     "TunerModelStatus",
     "__version__",
+    "add_adapter",
     "cast_mixed_precision_params",
     "convert_to_lora",
     "create_lorafa_optimizer",
@@ -169,6 +173,7 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "load_adapter",
     "load_peft_weights",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
