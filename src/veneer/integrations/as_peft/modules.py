@@ -6,8 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from veneer._version import __version__
-from veneer.integrations.as_peft import names
-from veneer.integrations.as_peft.absent import why_absent
+from veneer.integrations.as_peft import absent, names
 
 _PUBLIC = "veneer"
 
@@ -19,7 +18,7 @@ class Alias(ModuleType):
         super().__init__(name, f"{name}, answered by Veneer {__version__}.")
         self.__spec__ = ModuleSpec(name, loader=None, is_package=True)
         self.__path__ = []
-        self.__file__ = __file__
+        self.__file__ = absent.__file__  # `from peft import X` says no more than this where X is not there
         self.__veneer__ = __version__
         for fact, value in names.FACTS.items():
             setattr(self, fact, value)
@@ -31,7 +30,7 @@ class Alias(ModuleType):
     def __getattr__(self, name: str) -> Any:
         mine = names.MODULES[self.__name__]
         if name not in mine:
-            raise AttributeError(why_absent(self.__name__, name, list(mine)), name=name, obj=self)
+            raise AttributeError(absent.why_absent(self.__name__, name, list(mine)), name=name, obj=self)
         value = getattr(import_module(names.HOMES.get(name, _PUBLIC)), name)
         setattr(self, name, value)
         return value
