@@ -1,9 +1,9 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
 
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-without-peft check clean
 
 demo: .venv/.demo  ## fine-tune the bundled small model on the bundled data, and show before and after
 	.venv/bin/veneer demo
@@ -11,8 +11,12 @@ demo: .venv/.demo  ## fine-tune the bundled small model on the bundled data, and
 test: .venv/.dev  ## the fast tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 -q
 
-test-slow: .venv/.dev  ## the tests on real models and whole commands
-	.venv/bin/python -m pytest -m slow -q
+test-slow: .venv/.dev  ## the tests on real models, whole commands and whole programs
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 -q
+
+test-without-peft: .venv-without-peft/.test  ## what other libraries see of Veneer, where PEFT is not installed
+	@! .venv-without-peft/bin/python -c 'import peft' 2>/dev/null || { echo "PEFT is installed there"; exit 1; }
+	OMP_NUM_THREADS=1 .venv-without-peft/bin/python -m pytest -n 2 -q tests/ecosystem tests/integrations
 
 check: .venv/.dev  ## style and types
 	.venv/bin/ruff check .
@@ -25,12 +29,17 @@ check: .venv/.dev  ## style and types
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[demo]'
+	.venv/$(PIP) --editable '.[demo]'
 	@touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[dev]'
+	.venv/$(PIP) --editable '.[dev]'
 	@touch $@ .venv/.demo
 
+.venv-without-peft/.test: .venv/bin/python pyproject.toml constraints.txt
+	.venv/bin/python -m venv .venv-without-peft
+	.venv-without-peft/$(PIP) --editable '.[test]'
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-without-peft .pytest_cache .ruff_cache .hypothesis build dist
