@@ -183,13 +183,13 @@ class PeftModel(AdapterMethods):
     ) -> None:
         """Load one more adapter, which waits until `set_adapter`. It goes where its layers are.
 
+        torch_device and low_cpu_mem_usage are there for PEFT's callers.
+
         If there is an adapter of this name and of the same settings, it takes the saved values, as going on with a
         training run needs; what acts stays as it is.
 
         Raises what `from_pretrained` raises, and AdapterNameError if the name is taken by an adapter of other settings.
         """
-        if torch_device is not None:
-            raise ConfigError("torch_device: an adapter always goes to the device of the layer it belongs to.")
         folder = adapter_folder(model_id, subfolder=subfolder, **hub)
         if adapter_name in self.peft_config:
             restore(self.bare, adapter_name, folder, trainable=is_trainable)
