@@ -42,6 +42,7 @@ _HOMES = {
     "TaskType": "veneer.config",
     "TunerLayerStatus": "veneer.model.status",
     "TunerModelStatus": "veneer.model.status",
+    "add_adapter": "veneer.integrations.transformers",
     "cast_mixed_precision_params": "veneer.model.precision",
     "convert_to_lora": "veneer.model.conversion",
     "create_lorafa_optimizer": "veneer.optimizers",
@@ -58,6 +59,7 @@ _HOMES = {
     "initialize_lora_eva_weights": "veneer.model.measure.eva",
     "inject_adapter_in_model": "veneer.model.inject",
     "install_as_peft": "veneer.integrations.as_peft",
+    "load_adapter": "veneer.integrations.transformers",
     "load_peft_weights": "veneer.model.state_dict",
     "prepare_model_for_compiled_hotswap": "veneer.model.hotswap",
     "prepare_model_for_kbit_training": "veneer.model.precision",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from veneer.integrations.transformers import add_adapter, load_adapter
     from veneer.layers.kinds import Kind, register_kind
     from veneer.model.conversion import convert_to_lora, save_as_lora
     from veneer.model.extraction import ExtractedLora, extract_lora
@@ -159,6 +162,7 @@ __all__ = [
     "TunerLayerStatus",
     "TunerModelStatus",
     "__version__",
+    "add_adapter",
     "cast_mixed_precision_params",
     "convert_to_lora",
     "create_lorafa_optimizer",
@@ -175,6 +179,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "install_as_peft",
+    "load_adapter",
     "load_peft_weights",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",

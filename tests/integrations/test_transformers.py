@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import tiny
 import veneer
-from veneer.errors import AdapterFileError, AttachError
-from veneer.integrations.transformers import AdaptedModel, add_adapter, forget, load_adapter
+from veneer.errors import AdapterFileError
+from veneer.integrations.transformers import AdaptedModel, add_adapter, load_adapter
 
 CONFIG = veneer.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
 
@@ -52,10 +52,8 @@ def test_disabling_and_enabling(model):
 
 
 def test_one_adapter_is_saved_at_a_time(model, tmp_path):
-    from veneer.model.apply import activate
-
     add_adapter(model, CONFIG, "b")
-    activate(model, ["default", "b"])
+    model.set_adapter(["default", "b"])
     with pytest.raises(AdapterFileError, match="2 are active"):
         model.save_pretrained(tmp_path / "x")
 
@@ -67,12 +65,10 @@ def test_copies(model, clone):
     assert torch.equal(twin(tiny.ids()).logits, model(tiny.ids()).logits)
 
 
-def test_forgetting(model):
+def test_with_its_last_adapter_a_model_gets_its_class_back(model):
     from veneer.model.merge import remove_all
 
-    with pytest.raises(AttachError, match="still has adapters"):
-        forget(model)
-    forget(remove_all(model))
+    remove_all(model)
     assert type(model) is type(tiny.llama())
 
 

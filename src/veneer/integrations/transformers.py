@@ -1,34 +1,45 @@
 """Adapters on a transformers model in place: it stays a PreTrainedModel, and its own methods know the adapter.
 
-The model's class is swapped for one made on the fly whose `save_pretrained` writes an adapter folder in PEFT's format,
-as transformers does for models that PEFT adapted. So Trainer and TRL write adapter-only checkpoints;
-`LoraTrainerMixin` lets them go on from such a checkpoint.
+The model's class is swapped for one made on the fly, which has the methods that transformers gives to models adapted
+by PEFT, under the same names, and whose `save_pretrained` writes an adapter folder in PEFT's format. With the last
+adapter, removed or merged, the model gets its own class back.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterFileError, AttachError
+from veneer.errors import AdapterFileError, AdapterNameError, AttachError, ConfigError, check_kind
+from veneer.integrations.load_arguments import Source, source_of
 from veneer.layers import swap
+from veneer.model.apply import activate, one_at_a_time, set_enabled
 from veneer.model.apply import add_adapter as _add_adapter
-from veneer.model.apply import set_enabled
 from veneer.model.batch import serving
 from veneer.model.files import load_adapter as _load_adapter
-from veneer.model.files import read_checked, save_adapter
+from veneer.model.files import save_adapter
+from veneer.model.from_state import load_adapter_state
+from veneer.model.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 from veneer.model.merge import disable
-from veneer.model.overlay import overlay_of
+from veneer.model.methods import AdapterMethods
+from veneer.model.overlay import as_names, overlay_of
 from veneer.model.pretrained import with_base_name
-from veneer.model.tensors import copy_tensors
-from veneer.storage.adapter_file import WEIGHTS_FILE
+from veneer.model.restore import restore
+from veneer.model.state_dict import get_peft_model_state_dict
+from veneer.model.tuner import LoraModel
+from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE, read_config
 from veneer.storage.hub import adapter_folder
 
 DEFAULT = "default"  # the name PEFT gives to the only adapter
 
 
+@one_at_a_time
 def add_adapter(
     model: nn.Module,
     config: LoraConfig,
@@ -37,15 +48,24 @@ def add_adapter(
     autocast_adapter_dtype: bool = True,
     generator: Generator | None = None,
 ) -> None:
-    """Freeze a transformers model and lay a new trainable adapter over it, in place.
+    """Freeze a transformers model and lay a new trainable adapter over it, in place. The new one acts; others rest.
 
-    Raises what `veneer.get_peft_model` raises, and then the model is as it was.
+    autocast_adapter_dtype  keep the adapter in float32 over a half-precision base
+    generator               where the adapter's random numbers come from
+
+    Raises ArgumentError if the config is none, AttachError if the model has adapters by `get_peft_model` or
+    `inject_adapter_in_model`, and what `veneer.get_peft_model` raises; and then the model is as it was.
+
+    >>> veneer.add_adapter(model, veneer.LoraConfig(r=8))  # doctest: +SKIP
     """
-    config = with_base_name(config, model)
-    _add_adapter(model, adapter_name, config, float32=autocast_adapter_dtype, generator=generator)
-    _teach(model)
+    check_kind(config, LoraConfig, "A config (a veneer.LoraConfig)")
+    _refuse_other_door(model)
+    named = with_base_name(config, model)
+    _add_adapter(model, adapter_name, named, float32=autocast_adapter_dtype, generator=generator)
+    _teach(model, adapter_name)
 
 
+@one_at_a_time
 def load_adapter(
     model: nn.Module,
     location: str | Path,
@@ -55,27 +75,130 @@ def load_adapter(
     subfolder: str | None = None,
     **hub: Any,
 ) -> None:
-    """Lay a saved adapter over a transformers model, in place. `location` is a folder or a hub id.
+    """Lay a saved adapter over a transformers model, in place. The new one acts; others rest.
 
-    Raises AdapterFileError, ConfigError or TargetError, and then the model is as it was.
+    location      an adapter folder, or a hub id with `revision=`, `token=`, `cache_dir=`, … as on the hub
+    is_trainable  go on training it; otherwise it is frozen and the model is put into evaluation
+
+    Raises AdapterFileError, ConfigError, TargetError, or AdapterNameError if the name is taken; and then the model is
+    as it was.
     """
+    _refuse_other_door(model)
     folder = adapter_folder(location, subfolder=subfolder, **hub)
     _load_adapter(model, adapter_name, folder, trainable=is_trainable)
-    _teach(model)
+    _teach(model, adapter_name)
+    if not is_trainable:
+        model.eval()
 
 
 class AdaptedModel(swap.Front):
     """Placed in front of a transformers model's class while adapters lie over it.
 
-    The class keeps its name: transformers writes it into config.json and looks tasks up by it.
+    The class keeps its name: transformers writes it into config.json and looks tasks up by it. `add_adapter` and
+    `load_adapter` also work as functions of a model that has no adapter yet.
     """
 
+    whole = True
     _hf_peft_config_loaded = True  # what transformers asks before it saves adapters and not the whole model
 
+    def add_adapter(self, adapter_config: LoraConfig, adapter_name: str | None = None) -> None:
+        """Lay a new trainable adapter over the model; it acts, and the others rest.
+
+        Raises ArgumentError if the config is none, and what `veneer.add_adapter` raises.
+        """
+        add_adapter(self, adapter_config, adapter_name or DEFAULT)
+
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        peft_config: LoraConfig | dict[str, Any] | None = None,
+        adapter_state_dict: Mapping[str, Tensor] | None = None,
+        low_cpu_mem_usage: bool = False,
+        is_trainable: bool = False,
+        hotswap: bool | Literal["auto"] = "auto",
+        local_files_only: bool = False,
+        adapter_kwargs: dict[str, Any] | None = None,
+        load_config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Lay a saved adapter over the model; it acts, and the others rest.
+
+        peft_model_id       a folder or a hub id
+        peft_config         used instead of the config that lies there
+        adapter_state_dict  values by their names in an adapter file, with or without `base_model.model.`
+        is_trainable        go on training it; otherwise it is frozen and the model is put into evaluation
+        hotswap             True: put it in the place of the adapter of that name, without touching a layer; "auto":
+                            so if there is one and `enable_peft_hotswap` was called
+        adapter_kwargs      options for the hub, as may be in load_config.download_kwargs and by keyword
+
+        low_cpu_mem_usage is there for PEFT's callers. Returns transformers' LoadStateDictInfo, which is empty: an
+        adapter that does not fit exactly is refused. Raises what `veneer.load_adapter` and `veneer.hotswap_adapter`
+        raise, and then the model is as it was.
+        """
+        source = source_of(peft_model_id, adapter_kwargs, load_config, kwargs, local_files_only=local_files_only)
+        name = adapter_name or DEFAULT
+        _load(self, name, source, _config(peft_config), adapter_state_dict, trainable=is_trainable, hotswap=hotswap)
+        return _nothing_missing()
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Let one adapter act, or several in order; the others rest. One that was loaded frozen stays frozen.
+
+        Raises AdapterNameError, or AttachError if two of them have replaced the same weight (LoftQ).
+        """
+        LoraModel(self).set_adapter(adapter_name)
+
+    def disable_adapters(self) -> None:
+        """Let no adapter act until `enable_adapters`."""
+        disable(self)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters act again."""
+        set_enabled(self, True)
+
     def active_adapters(self) -> list[str]:
-        """The names of the adapters that act."""
+        """The names of the adapters that act, in order."""
         overlay = overlay_of(self)
         return [] if overlay is None else list(overlay.route.active)
+
+    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters. If no active one is left, the first that is there becomes active.
+
+        With the last one the model gets its own class back. Raises AdapterNameError or MergeError.
+        """
+        names, model = as_names(adapter_names), LoraModel(self)
+        model._overlay.check_names(names)
+        for name in sorted(names, key=self.active_adapters().__contains__):  # resting ones first: none wakes in vain
+            model.delete_adapter(name)
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The values of one adapter, the first active one unless named, by their names in a file, less the prefix.
+
+        state_dict  a state dict of this model to take the values from, as gathered from shards
+        """
+        name = adapter_name or next(iter(self.active_adapters()), None)
+        if name is None:
+            raise AdapterNameError("No adapter is active: name one.")
+        return get_peft_model_state_dict(self, state_dict, name)
+
+    def enable_peft_hotswap(
+        self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+    ) -> None:
+        """Let adapters be replaced in place by ones of other scales and ranks up to `target_rank`.
+
+        Called before the first adapter, it holds for what `load_adapter` brings; afterwards, unless `check_compiled`
+        is "error", for the adapters there are, too. Raises AttachError or ConfigError.
+        """
+        if check_compiled == "error":
+            raise AttachError(
+                "Call enable_peft_hotswap before loading the first adapter, or with check_compiled='warn' or 'ignore' "
+                "to prepare the ones that are there."
+            )
+        prepare_model_for_compiled_hotswap(self, target_rank=target_rank, check_compiled=check_compiled)
+        vars(self)[_HOTSWAP] = True
+        vars(self)[_HOTSWAP_ARGUMENTS] = {"target_rank": target_rank, "check_compiled": check_compiled}
 
     def save_pretrained(
         self,
@@ -94,7 +217,7 @@ class AdaptedModel(swap.Front):
         """
         if push_to_hub:
             raise AdapterFileError("push_to_hub is not available yet: save to a folder and upload that.")
-        name = _only_active(self, f"Not saved to {save_directory}")
+        name = only_active(self, f"Not saved to {save_directory}")
         if is_main_process:
             save_adapter(self, name, Path(save_directory), state=state_dict)
 
@@ -123,34 +246,132 @@ class AdaptedModel(swap.Front):
         with serving(self, args, kwargs, adapter_names=adapter_names, alora_offsets=alora_offsets, generating=True):
             return super().generate(*args, **kwargs)  # type: ignore[operator]
 
-    def disable_adapters(self) -> None:
-        """Let no adapter act until `enable_adapters`."""
-        disable(self)
 
-    def enable_adapters(self) -> None:
-        """Let the active adapters act again."""
-        set_enabled(self, True)
+class AdaptedModelOfLanguages(AdaptedModel):
+    """The same for models whose own `load_adapter` is about something else: Wav2Vec2's loads a language."""
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own. For a LoRA adapter call `veneer.load_adapter(model, …)`."""
+        return super(AdaptedModel, self).load_adapter(*args, **kwargs)  # type: ignore[misc]
 
 
-def _teach(model: nn.Module) -> None:
+_HOTSWAP = "_hotswap_enabled"  # where transformers notes what `enable_peft_hotswap` was called with
+_HOTSWAP_ARGUMENTS = "_prepare_peft_hotswap_kwargs"
+_MIXIN = "PeftAdapterMixin"
+
+
+def _teach(model: nn.Module, name: str) -> None:
+    """Let the model's methods know its adapters, and let this one act."""
     if not isinstance(model, AdaptedModel):
-        swap.place(model, AdaptedModel)
+        swap.place(model, _front_for(type(model)))
+    activate(model, (name,))
 
 
-def forget(model: nn.Module) -> None:
-    """Give a model whose adapters were removed or merged its own class back."""
-    if isinstance(model, AdaptedModel):
-        if overlay_of(model) is not None:
-            raise AttachError("The model still has adapters: merge or remove them first.")
-        swap.take_away(model)
+def _front_for(kind: type[nn.Module]) -> type[AdaptedModel]:
+    owner = next((one for one in kind.__mro__ if "load_adapter" in vars(one)), None)
+    return AdaptedModel if owner is None or owner.__name__ == _MIXIN else AdaptedModelOfLanguages
 
 
-def _only_active(model: AdaptedModel, what: str) -> str:
+def _refuse_other_door(model: nn.Module) -> None:
+    """Raise AttachError if the model's adapters came another way: it cannot have two sets of methods."""
+    if isinstance(model, AdapterMethods):
+        raise AttachError(f"{type(model).__name__} is a facade over a model already: call its own method of this name.")
+    if overlay_of(model) is not None and not isinstance(model, AdaptedModel):
+        raise AttachError(
+            "The model has adapters by get_peft_model or inject_adapter_in_model already: add further ones in the same "
+            "way, or remove them first (unload())."
+        )
+
+
+def only_active(model: nn.Module, what: str) -> str:
     """The name of the one active adapter. Raises AdapterFileError if there are more or none."""
-    active = model.active_adapters()
+    overlay = overlay_of(model)
+    active = () if overlay is None else overlay.route.active
     if len(active) != 1:
         raise AdapterFileError(f"{what}: one adapter is saved or restored at a time, and {len(active)} are active.")
     return active[0]
+
+
+@one_at_a_time
+def _load(
+    model: nn.Module,
+    name: str,
+    source: Source,
+    config: LoraConfig | None,
+    state: Mapping[str, Tensor] | None,
+    *,
+    trainable: bool,
+    hotswap: bool | Literal["auto"],
+) -> None:
+    """`AdaptedModel.load_adapter` with its arguments sorted."""
+    if hotswap not in (True, False, "auto"):
+        raise ConfigError(f"hotswap={hotswap!r}: must be True, False or 'auto'.")
+    if source.location is None and (state is None or config is None):
+        raise ConfigError("There is nothing to load: give a peft_model_id, or a peft_config and an adapter_state_dict.")
+    _refuse_other_door(model)
+    overlay = overlay_of(model)
+    there, prepared = overlay is not None and name in overlay.configs, bool(vars(model).get(_HOTSWAP))
+    if hotswap is True and not there:
+        raise AdapterNameError(f"hotswap=True, and there is no adapter {name!r} to put the new one in the place of.")
+    if there and (hotswap is True or (hotswap == "auto" and prepared)):
+        _put_in_place(model, name, source, config, state, trainable=trainable)
+        return
+    if state is None:
+        folder = adapter_folder(str(source.location), subfolder=source.subfolder, **source.hub)
+        _load_adapter(model, name, folder, trainable=trainable, config=config)
+    else:
+        load_adapter_state(model, name, config or _config_at(source), state, trainable=trainable)
+    _teach(model, name)
+    if prepared:
+        options = {"target_rank": 128, "check_compiled": "error"} | (vars(model).get(_HOTSWAP_ARGUMENTS) or {})
+        prepare_model_for_compiled_hotswap(model, **options)
+    if not trainable:
+        model.eval()
+
+
+def _put_in_place(
+    model: nn.Module,
+    name: str,
+    source: Source,
+    config: LoraConfig | None,
+    state: Mapping[str, Tensor] | None,
+    *,
+    trainable: bool,
+) -> None:
+    """Replace the values of adapter `name`; it acts then."""
+    if state is not None:
+        hotswap_adapter_from_state_dict(model, state, name, config or _config_at(source))
+    elif config is not None:
+        raise ConfigError("hotswap: the config that lies beside the values is used; leave peft_config out.")
+    else:
+        hotswap_adapter(model, str(source.location), name, subfolder=source.subfolder, **source.hub)
+    activate(model, (name,))
+    LoraModel(model).set_requires_grad(name, trainable)
+    if not trainable:
+        model.eval()
+
+
+def _config(given: LoraConfig | dict[str, Any] | None) -> LoraConfig | None:
+    return LoraConfig.from_dict(given, source="peft_config") if isinstance(given, dict) else given
+
+
+def _config_at(source: Source) -> LoraConfig:
+    folder = adapter_folder(str(source.location), subfolder=source.subfolder, weights=False, **source.hub)
+    return LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
+
+
+def _nothing_missing() -> Any:
+    """What transformers' own loading returns when every value had its place."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    return LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
 
 
 class LoraTrainerMixin:
@@ -174,7 +395,5 @@ def _restore(model: nn.Module, folder: Path) -> bool:
     """Copy an adapter folder into the active adapter of the same settings. False if there is nothing to do so."""
     if not isinstance(model, AdaptedModel) or not (folder / WEIGHTS_FILE).exists():
         return False
-    name = _only_active(model, f"{folder} was not restored")
-    tensors = read_checked(model, name, folder)
-    copy_tensors(model, name, tensors)
+    restore(model, only_active(model, f"{folder} was not restored"), folder)
     return True

@@ -19,10 +19,12 @@ class Front(nn.Module):
 
     word     what the made class's name begins with
     by_rows  whether adapters on such a module can serve the rows of a batch one by one
+    whole    whether it goes before a whole model, and away with the model's last adapter
     """
 
     word: ClassVar[str] = ""
     by_rows: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class made on the fly has no importable name: make it again from its two halves.

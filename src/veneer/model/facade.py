@@ -16,6 +16,7 @@ from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import as_names, overlay_needed, overlay_of
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.report import count_parameters, trainable_line
+from veneer.model.restore import restore
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.model.tuner import LoraModel
 from veneer.storage.hub import adapter_folder
@@ -182,11 +183,17 @@ class PeftModel(AdapterMethods):
     ) -> None:
         """Load one more adapter, which waits until `set_adapter`. It goes where its layers are.
 
-        Raises what `from_pretrained` raises, and AdapterNameError if the name is taken.
+        If there is an adapter of this name and of the same settings, it takes the saved values, as going on with a
+        training run needs; what acts stays as it is.
+
+        Raises what `from_pretrained` raises, and AdapterNameError if the name is taken by an adapter of other settings.
         """
         if torch_device is not None:
             raise ConfigError("torch_device: an adapter always goes to the device of the layer it belongs to.")
         folder = adapter_folder(model_id, subfolder=subfolder, **hub)
+        if adapter_name in self.peft_config:
+            restore(self.bare, adapter_name, folder, trainable=is_trainable)
+            return
         load_adapter(
             self.get_base_model(), adapter_name, folder, trainable=is_trainable, float32=autocast_adapter_dtype
         )

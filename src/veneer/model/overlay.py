@@ -13,6 +13,7 @@ from veneer.layers.attach import adapter_on
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
 from veneer.layers.stand_in import StandIns
+from veneer.layers.swap import front_of, take_away
 from veneer.layers.token_rows import TokenRows
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
@@ -114,7 +115,10 @@ def hang(model: nn.Module, overlay: Overlay) -> None:
 
 
 def take_down(model: nn.Module) -> None:
-    """Leave no trace of the overlay on the model."""
+    """Leave no trace of the overlay on the model, which gets its own class back if it was swapped."""
+    front = front_of(model)
+    if front is not None and front.whole:
+        take_away(model)
     vars(model).pop(_ATTRIBUTE, None)
     vars(model).pop("peft_config", None)
 
