@@ -34,6 +34,7 @@ from veneer.model.pretrained import with_base_name
 from veneer.model.restore import DEFAULT
 from veneer.model.state_dict import get_peft_model_state_dict
 from veneer.model.teach_trainer import teach_trainer
+from veneer.model.teach_trl import teach_trl
 from veneer.model.tuner import LoraModel
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
@@ -265,6 +266,7 @@ def _teach(model: nn.Module, name: str) -> None:
     if not isinstance(model, AdaptedModel):
         swap.place(model, _front_for(type(model)))
     teach_trainer(PeftModel)
+    teach_trl(PeftModel)
     activate(model, (name,))
 
 

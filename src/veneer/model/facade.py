@@ -19,6 +19,7 @@ from veneer.model.report import count_parameters, trainable_line
 from veneer.model.restore import DEFAULT, place_of, restore
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.model.teach_trainer import teach_trainer
+from veneer.model.teach_trl import teach_trl
 from veneer.model.tuner import LoraModel
 from veneer.storage.hub import adapter_folder
 
@@ -68,6 +69,7 @@ class PeftModel(AdapterMethods):
         self.base_model = LoraModel(model)
         guard_saving(model)
         teach_trainer(PeftModel)
+        teach_trl(PeftModel)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, with the active adapters, or with those of each row (`LoraModel`)."""

@@ -6,7 +6,6 @@ Every function below answers for models with our adapters, and leaves all others
 """
 
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +14,8 @@ from torch import nn
 
 from veneer.model.overlay import overlay_of
 from veneer.model.restore import restore_all
-from veneer.on_import import when_imported
+from veneer.on_import import stand_before, when_imported
 
-_OURS = "_veneer_stands_before"  # on a function of ours: the one it stands before
 _UTILITIES = "transformers.trainer_utils"
 _NEFTUNE = "transformers.integrations.neftune"
 _TRAINER = "transformers.trainer"
@@ -44,15 +42,6 @@ def teach_trainer(facade: type[nn.Module]) -> None:
             when_imported(name, tell)
 
 
-def _stand_before(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `make(theirs)` in the place of a function, unless that is ours already (imported from where it was put)."""
-    theirs = getattr(owner, name)
-    if not hasattr(theirs, _OURS):
-        ours = wraps(theirs)(make(theirs))
-        setattr(ours, _OURS, theirs)
-        setattr(owner, name, ours)
-
-
 def _answer_for(facade: type[nn.Module], module: ModuleType) -> None:
     """Let a module of transformers take a facade for what PEFT's is: something with the model to look at inside."""
 
@@ -62,7 +51,7 @@ def _answer_for(facade: type[nn.Module], module: ModuleType) -> None:
 
         return is_peft_model
 
-    _stand_before(module, "_is_peft_model", make)
+    stand_before(module, "_is_peft_model", make)
 
 
 def _save_facades(facade: type[nn.Module], module: Any) -> None:
@@ -102,9 +91,9 @@ def _go_on(facade: type[nn.Module], module: Any) -> None:
 
         return update_fsdp_plugin
 
-    _stand_before(module.Trainer, "_load_from_checkpoint", make_resume)
-    _stand_before(module.Trainer, "_load_best_model", make_best)
-    _stand_before(module, "update_fsdp_plugin_peft", make_policy)
+    stand_before(module.Trainer, "_load_from_checkpoint", make_resume)
+    stand_before(module.Trainer, "_load_best_model", make_best)
+    stand_before(module, "update_fsdp_plugin_peft", make_policy)
 
 
 def _adapted(facade: type[nn.Module], model: Any) -> tuple[nn.Module, bool] | None:
