@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 _Change = Callable[[ModuleType], None]
+_OURS = "_veneer_stands_before"  # on a function of ours: the one it stands before
 _WAITING: dict[str, list[_Change]] = {}
 
 
@@ -21,6 +23,15 @@ def when_imported(name: str, change: _Change) -> None:
     _WAITING.setdefault(name, []).append(change)
     if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
+
+
+def stand_before(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `make(theirs)` in the place of a function of a module or class; nothing if that is ours already."""
+    theirs = getattr(owner, name)
+    if not hasattr(theirs, _OURS):
+        ours = wraps(theirs)(make(theirs))
+        setattr(ours, _OURS, theirs)
+        setattr(owner, name, ours)
 
 
 class _Watch(MetaPathFinder):

@@ -18,6 +18,7 @@ from veneer.layers import swap
 from veneer.model.apply import activate, one_at_a_time, set_enabled
 from veneer.model.apply import add_adapter as _add_adapter
 from veneer.model.batch import serving
+from veneer.model.facade import PeftModel
 from veneer.model.files import load_adapter as _load_adapter
 from veneer.model.files import save_adapter
 from veneer.model.from_state import load_adapter_state
@@ -30,13 +31,13 @@ from veneer.model.merge import disable
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import as_names, overlay_of
 from veneer.model.pretrained import with_base_name
-from veneer.model.restore import restore
+from veneer.model.restore import DEFAULT
 from veneer.model.state_dict import get_peft_model_state_dict
+from veneer.model.teach_trainer import teach_trainer
+from veneer.model.teach_trl import teach_trl
 from veneer.model.tuner import LoraModel
-from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE, read_config
+from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
-
-DEFAULT = "default"  # the name PEFT gives to the only adapter
 
 
 @one_at_a_time
@@ -217,7 +218,7 @@ class AdaptedModel(swap.Front):
         """
         if push_to_hub:
             raise AdapterFileError("push_to_hub is not available yet: save to a folder and upload that.")
-        name = only_active(self, f"Not saved to {save_directory}")
+        name = _only_active(self, f"Not saved to {save_directory}")
         if is_main_process:
             save_adapter(self, name, Path(save_directory), state=state_dict)
 
@@ -264,6 +265,8 @@ def _teach(model: nn.Module, name: str) -> None:
     """Let the model's methods know its adapters, and let this one act."""
     if not isinstance(model, AdaptedModel):
         swap.place(model, _front_for(type(model)))
+    teach_trainer(PeftModel)
+    teach_trl(PeftModel)
     activate(model, (name,))
 
 
@@ -283,12 +286,12 @@ def _refuse_other_door(model: nn.Module) -> None:
         )
 
 
-def only_active(model: nn.Module, what: str) -> str:
+def _only_active(model: nn.Module, what: str) -> str:
     """The name of the one active adapter. Raises AdapterFileError if there are more or none."""
     overlay = overlay_of(model)
     active = () if overlay is None else overlay.route.active
     if len(active) != 1:
-        raise AdapterFileError(f"{what}: one adapter is saved or restored at a time, and {len(active)} are active.")
+        raise AdapterFileError(f"{what}: one adapter is saved at a time, and {len(active)} are active.")
     return active[0]
 
 
@@ -372,28 +375,3 @@ def _nothing_missing() -> Any:
         conversion_errors={},
         skipped_pp_keys=set(),
     )
-
-
-class LoraTrainerMixin:
-    """Placed in front of `transformers.Trainer` (or TRL's): go on from adapter-only checkpoints.
-
-    class MyTrainer(LoraTrainerMixin, SFTTrainer): ...
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model  # type: ignore[attr-defined]
-        if not _restore(target, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
-        if best is None or not _restore(self.model, Path(best)):  # type: ignore[attr-defined]
-            super()._load_best_model()  # type: ignore[misc]
-
-
-def _restore(model: nn.Module, folder: Path) -> bool:
-    """Copy an adapter folder into the active adapter of the same settings. False if there is nothing to do so."""
-    if not isinstance(model, AdaptedModel) or not (folder / WEIGHTS_FILE).exists():
-        return False
-    restore(model, only_active(model, f"{folder} was not restored"), folder)
-    return True

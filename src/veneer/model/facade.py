@@ -16,12 +16,12 @@ from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import as_names, overlay_needed, overlay_of
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.report import count_parameters, trainable_line
-from veneer.model.restore import restore
+from veneer.model.restore import DEFAULT, place_of, restore
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from veneer.model.teach_trainer import teach_trainer
+from veneer.model.teach_trl import teach_trl
 from veneer.model.tuner import LoraModel
 from veneer.storage.hub import adapter_folder
-
-DEFAULT = "default"
 
 
 class PeftModel(AdapterMethods):
@@ -50,8 +50,7 @@ class PeftModel(AdapterMethods):
             float32=autocast_adapter_dtype,
             generator=generator,
         )
-        self.base_model = LoraModel(model)
-        guard_saving(model)
+        self._hold(model)
 
     @property
     def bare(self) -> nn.Module:
@@ -63,9 +62,14 @@ class PeftModel(AdapterMethods):
         """The facade over a model that has its adapters already."""
         facade = cls.__new__(cls)
         nn.Module.__init__(facade)
-        facade.base_model = LoraModel(model)
-        guard_saving(model)
+        facade._hold(model)
         return facade
+
+    def _hold(self, model: nn.Module) -> None:
+        self.base_model = LoraModel(model)
+        guard_saving(model)
+        teach_trainer(PeftModel)
+        teach_trl(PeftModel)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, with the active adapters, or with those of each row (`LoraModel`)."""
@@ -138,8 +142,9 @@ class PeftModel(AdapterMethods):
             return
         overlay_needed(self.bare).check_names(names)
         for name in names:
-            folder = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-            save_adapter(self.bare, name, folder, state=state_dict, plain=convert_mutated_init)
+            save_adapter(
+                self.bare, name, place_of(Path(save_directory), name), state=state_dict, plain=convert_mutated_init
+            )
 
     @classmethod
     def from_pretrained(

@@ -5,14 +5,15 @@ from pathlib import Path
 from torch import nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError, MergeError, bullet_list
+from veneer.errors import AdapterFileError, AdapterNameError, MergeError, bullet_list
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_checked
 from veneer.model.overlay import overlay_needed
 from veneer.model.start import doubled, takes_off_its_start
 from veneer.model.tensors import adapter_tensors, check_range, copy_tensors
-from veneer.storage.adapter_file import CONFIG_FILE, read_config
+from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE, read_config
 
+DEFAULT = "default"  # the name PEFT gives to the only adapter
 # What the shapes of the values do not tell.
 _SETTINGS = (
     "r",
@@ -63,3 +64,33 @@ def _check_settings(config: LoraConfig, name: str, folder: Path) -> None:
             "put the new one in its place with hotswap_adapter:"
         )
         raise AdapterNameError(bullet_list(headline, differing))
+
+
+def restore_all(model: nn.Module, by_facade: bool, folder: Path) -> bool:
+    """Copy what a checkpoint holds into the adapters of a model. False if it holds no adapter.
+
+    by_facade  it was written by a PeftModel: every adapter in its place. Otherwise by a model in place: the active one
+
+    Raises AdapterFileError if an adapter that trains is not there, and what `restore` raises.
+    """
+    overlay = overlay_needed(model)
+    places = (
+        {name: place_of(folder, name) for name in overlay.configs}
+        if by_facade
+        else dict.fromkeys(overlay.route.active, folder)
+    )
+    there = {name: place for name, place in places.items() if (place / WEIGHTS_FILE).is_file()}
+    if not there:
+        return False
+    if lacking := [name for name in overlay.route.active if overlay.trainable[name] and name not in there]:
+        raise AdapterFileError(f"{folder} has no values for adapter {', '.join(map(repr, lacking))}.")
+    if not by_facade and len(there) > 1:
+        raise AdapterFileError(f"{folder} holds one adapter, and {len(there)} are active: call set_adapter with one.")
+    for name, place in there.items():
+        restore(model, name, place)
+    return True
+
+
+def place_of(folder: Path, name: str) -> Path:
+    """Where in a folder a PeftModel writes an adapter: `default` to the folder itself, others below it."""
+    return folder if name == DEFAULT else folder / name

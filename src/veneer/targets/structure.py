@@ -122,8 +122,17 @@ def _instead(owner: str) -> str:
 
 def embeddings(model: nn.Module) -> list[str]:
     """Paths of the input embedding and the output head, where the model says which they are."""
-    found = [getter() for getter in (getattr(model, name, None) for name in _GETTERS) if getter is not None]
+    found = [named_by(model, getter) for getter in _GETTERS]
     return [path for path, module in _bare_modules(model) if any(module is one for one in found)]
+
+
+def named_by(model: nn.Module, getter: str) -> nn.Module | None:
+    """The module that a getter of the model answers; None if it has none, or says that there is no such module."""
+    ask: Callable[[], nn.Module | None] | None = getattr(model, getter, None)
+    try:
+        return None if ask is None else ask()
+    except (NotImplementedError, AttributeError):  # transformers' ways to say so: a Wav2Vec2 reads no tokens
+        return None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -134,5 +143,4 @@ def is_linear(module: nn.Module) -> bool:
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     """The layer that turns the last hidden state into logits, where the model says which it is."""
-    getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    return None if getter is None else getter()
+    return named_by(model, "get_output_embeddings")

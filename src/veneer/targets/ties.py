@@ -11,7 +11,7 @@ from veneer.config import LoraConfig, rank_and_alpha
 from veneer.errors import VeneerWarning
 from veneer.targets.findings import Findings
 from veneer.targets.names import inside, named, selector
-from veneer.targets.structure import Structure
+from veneer.targets.structure import Structure, named_by
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,7 @@ def ties_of(model: nn.Module, structure: Structure) -> list[Tie]:
 
 def input_embedding(model: nn.Module, structure: Structure) -> str | None:
     """The path of the input embedding, where the model says which it is or has only one; else None."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        found = None if getter is None else getter()
-    except (NotImplementedError, AttributeError):  # transformers' way to say that there is none
-        found = None
+    found = named_by(model, "get_input_embeddings")
     if found is not None:
         return next((path for path, module in structure.modules.items() if module is found), None)
     embeddings = [path for path, module in structure.modules.items() if isinstance(module, nn.Embedding)]

@@ -1,4 +1,4 @@
-"""SFTTrainer with our loss where it matters, our resume, and no telemetry."""
+"""SFTTrainer with our loss where it matters, and no telemetry."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl.trainer.sft_trainer import SFTTrainer
 
-from veneer.integrations.transformers import LoraTrainerMixin
 from veneer.train.schedule import Schedule, scheduler
 from veneer.train.tokens import IGNORED
 from veneer.train.watch import Meter, not_finite
 
 
-class VeneerSFTTrainer(LoraTrainerMixin, SFTTrainer):
+class VeneerSFTTrainer(SFTTrainer):
     """Trains the adapters of a model on token ids and labels.
 
     meter           counts the tokens read

@@ -1,0 +1,108 @@
+"""What transformers' Trainer has to be told, so that it knows models with adapters as it knows PEFT's.
+
+It asks whether a model is of PEFT's classes, and so takes a facade of ours for the model itself; and it cannot go on
+with a model adapted in place, not even by PEFT. `docs/decisions/0007-teaching-trainer.md` says why it is told here.
+Every function below answers for models with our adapters, and leaves all others to what it stands before.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from veneer.model.overlay import overlay_of
+from veneer.model.restore import restore_all
+from veneer.on_import import stand_before, when_imported
+
+_UTILITIES = "transformers.trainer_utils"
+_NEFTUNE = "transformers.integrations.neftune"
+_TRAINER = "transformers.trainer"
+_TOLD: set[str] = set()
+
+
+def teach_trainer(facade: type[nn.Module]) -> None:
+    """Let Trainer know models with adapters, if it is imported, or as soon as it is. A second time does nothing.
+
+    facade  the class whose models hold the adapted one, with PEFT's methods
+    """
+
+    def knows(module: ModuleType) -> None:
+        _answer_for(facade, module)
+
+    def trains(module: ModuleType) -> None:
+        knows(module)
+        _save_facades(facade, module)
+        _go_on(facade, module)
+
+    for name, tell in ((_UTILITIES, knows), (_NEFTUNE, knows), (_TRAINER, trains)):
+        if name not in _TOLD:
+            _TOLD.add(name)
+            when_imported(name, tell)
+
+
+def _answer_for(facade: type[nn.Module], module: ModuleType) -> None:
+    """Let a module of transformers take a facade for what PEFT's is: something with the model to look at inside."""
+
+    def make(theirs: Callable[..., bool]) -> Callable[..., bool]:
+        def is_peft_model(model: nn.Module) -> bool:
+            return isinstance(model, facade) or theirs(model)
+
+        return is_peft_model
+
+    stand_before(module, "_is_peft_model", make)
+
+
+def _save_facades(facade: type[nn.Module], module: Any) -> None:
+    """Let Trainer save a facade by its own `save_pretrained`, and put adapter files into what it uploads.
+
+    It asks `isinstance(model, (PreTrainedModel, PeftModel))`, the second only where PEFT is.
+    """
+    theirs = vars(module).get("PeftModel", ())
+    module.PeftModel = (facade, theirs)
+    module.is_peft_available = lambda: True
+
+
+def _go_on(facade: type[nn.Module], module: Any) -> None:
+    """Let Trainer give adapters the values of a checkpoint, and shard facades as it shards any model."""
+
+    def make_resume(theirs: Callable[..., None]) -> Callable[..., None]:
+        def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+            found = None if self.is_fsdp_enabled else _adapted(facade, self.model if model is None else model)
+            if found is None or not restore_all(*found, Path(resume_from_checkpoint)):
+                theirs(self, resume_from_checkpoint, model)
+
+        return load_from_checkpoint
+
+    def make_best(theirs: Callable[..., None]) -> Callable[..., None]:
+        def load_best_model(self: Any) -> None:
+            best, sharded = self.state.best_model_checkpoint, self.is_fsdp_enabled or self.is_deepspeed_enabled
+            found = None if sharded else _adapted(facade, self.model)
+            if found is None or best is None or not restore_all(*found, Path(best)):
+                theirs(self)
+
+        return load_best_model
+
+    def make_policy(theirs: Callable[..., None]) -> Callable[..., None]:
+        def update_fsdp_plugin(model: nn.Module, accelerator: Any) -> None:
+            if not isinstance(model, facade):  # PEFT's policy knows PEFT's layers
+                theirs(model, accelerator)
+
+        return update_fsdp_plugin
+
+    stand_before(module.Trainer, "_load_from_checkpoint", make_resume)
+    stand_before(module.Trainer, "_load_best_model", make_best)
+    stand_before(module, "update_fsdp_plugin_peft", make_policy)
+
+
+def _adapted(facade: type[nn.Module], model: Any) -> tuple[nn.Module, bool] | None:
+    """(the model with the adapters, whether a facade has written them), looked for in what may be around it."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, facade):
+            bare: Any = model
+            return (bare.get_base_model(), True) if bare.peft_config else None
+        if overlay_of(model) is not None:
+            return model, False
+        model = next((model._modules[name] for name in ("_orig_mod", "module") if name in model._modules), None)
+    return None

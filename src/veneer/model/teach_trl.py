@@ -1,0 +1,129 @@
+"""What TRL's trainers have to be told beyond what transformers' Trainer is: a facade's kind, and a trained output head.
+
+They multiply by `lm_head.weight` themselves, past the head's own forward, so an adapter on it would never be trained.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from veneer.errors import AttachError
+from veneer.layers.attach import Adapted
+from veneer.layers.saved_module import is_saved
+from veneer.layers.token_rows import has_rows
+from veneer.model.overlay import Overlay, overlay_of
+from veneer.on_import import stand_before, when_imported
+
+_TRAINERS = (
+    "trl.trainer.base_trainer",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.reward_trainer",
+)
+_UTILITIES = "trl.trainer.utils"
+_CLASSES = ("BaseTunerLayer", "LoraConfig")  # of PEFT, asked for once a model is known to be a facade
+_HEAD = "get_output_embeddings"
+_TOLD: set[str] = set()
+
+
+def teach_trl(facade: type[nn.Module]) -> None:
+    """Let TRL's SFTTrainer, DPOTrainer and RewardTrainer know models with adapters. A second time does nothing.
+
+    facade  the class whose models hold the adapted one, with PEFT's methods
+    """
+
+    def tell(module: ModuleType) -> None:
+        _tell(facade, module)
+
+    for name in (_UTILITIES, *_TRAINERS):
+        if name not in _TOLD:
+            _TOLD.add(name)
+            when_imported(name, tell)
+
+
+def _tell(facade: type[nn.Module], module: ModuleType) -> None:
+    """Put ours before the functions that a module has; the trainers import them from elsewhere by name."""
+
+    def make_kind(theirs: Callable[..., bool]) -> Callable[..., bool]:
+        def is_peft_model(model: Any) -> bool:
+            return isinstance(_inner(model), facade) or theirs(model)
+
+        return is_peft_model
+
+    def make_adapter(theirs: Callable[..., Any]) -> Callable[..., Any]:
+        def use_adapter(model: Any, adapter_name: str | None) -> Any:
+            return _reference(model, adapter_name) if isinstance(model, facade) else theirs(model, adapter_name)
+
+        return use_adapter
+
+    known = vars(module)
+    for name, make in (("is_peft_model", make_kind), ("use_adapter", make_adapter), ("add_fused_lm_head", _make_head)):
+        if name in known:
+            stand_before(module, name, make)
+    if module.__name__ in _TRAINERS:
+        for name in _CLASSES:
+            known.setdefault(name, ())
+
+
+def _make_head(theirs: Callable[..., None]) -> Callable[..., None]:
+    def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
+        overlay = overlay_of(model)
+        if overlay is None:
+            theirs(model, *args, **kwargs)
+            return
+        head = model.get_output_embeddings()
+        if isinstance(head, Adapted) or has_rows(head):
+            raise AttachError(
+                "TRL multiplies by lm_head.weight itself, so an adapter on the output head, or token rows tied to it, "
+                "would never be trained: leave lm_head out of target_modules, or name it in modules_to_save."
+            )
+        theirs(model, *args, **kwargs)
+        if is_saved(head):
+            model.forward = _with_copy(model, model.forward, overlay, head)
+
+    return add_fused_lm_head
+
+
+def _inner(model: Any) -> Any:
+    """The model in what torch.compile or DistributedDataParallel put around it."""
+    while isinstance(model, nn.Module):
+        around = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
+        if around is None:
+            break
+        model = model._modules[around]
+    return model
+
+
+@contextmanager
+def _reference(model: Any, adapter_name: str | None) -> Iterator[None]:
+    """Within the block the model is the reference: another adapter acts, or none."""
+    if adapter_name is None:
+        with model.disable_adapter():
+            yield
+        return
+    active = model.active_adapters
+    model.set_adapter(adapter_name)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+
+
+def _with_copy(model: Any, forward: Callable[..., Any], overlay: Overlay, head: Any) -> Callable[..., Any]:
+    """The forward with the trained copy of the output head in the head's place, which `modules_to_save` made."""
+
+    def with_copy(*args: Any, **kwargs: Any) -> Any:
+        copies = [head.modules_to_save[name] for name in overlay.route.acting if name in head.modules_to_save]
+        if not kwargs.get("fused_lm_head") or not copies:
+            return forward(*args, **kwargs)
+        vars(model)[_HEAD] = lambda: copies[-1]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            del vars(model)[_HEAD]
+
+    with_copy.__wrapped__ = forward  # type: ignore[attr-defined]  # generate reads the signature
+    return with_copy
