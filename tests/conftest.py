@@ -4,10 +4,15 @@ PEFT is the oracle of many tests. Where it is not installed, the files that ask 
 """
 
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from storage.fake_hub import FakeHub
 
 _ASKS_PEFT = re.compile(r"^\s*(from|import) (peft|parity|init\.oracle|optimizers\.steps)\b", re.MULTILINE)
 
@@ -32,3 +37,23 @@ def rows_file(tmp_path: Path) -> Path:
     from train.tiny_chat import write_rows
 
     return write_rows(tmp_path / "rows.jsonl", [{"prompt": f"say {n}", "completion": f"it is {n}"} for n in range(12)])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["FakeHub"]:
+    """An empty hub that this process believes to be the Hugging Face hub, with a cache of its own and no token."""
+    import huggingface_hub
+    from huggingface_hub import constants, hf_api
+    from storage.fake_hub import served
+
+    with served() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield hub
+        huggingface_hub.close_session()
