@@ -112,7 +112,7 @@ def _kind_of_repository(files: Sequence[str], folders: Sequence[str], subfolder:
     if folders:
         named = ", ".join(repr(folder) for folder in folders[:6])
         hint = did_you_mean(subfolder, folders) if subfolder else ""
-        return f"; its adapters lie in folders: name one with subfolder= ({named}){hint}."
+        return f"; its adapters lie in folders: name one with subfolder= ({named}){hint or '.'}"
     if any(file in _WHOLE_MODEL for file in files):
         return (
             ": it looks like a whole model, not an adapter. Load it with transformers, "
