@@ -8,7 +8,7 @@ import torch
 import tiny_moe
 from train.tiny_chat import model as chat
 from veneer import LoraConfig, get_peft_model
-from veneer.cli.inspect import contents_of
+from veneer.model.contents import contents_of
 from veneer.storage.adapter_file import read_config, read_weights_header
 
 
@@ -16,7 +16,7 @@ def contents(model: torch.nn.Module, folder: Path, **fields):
     """What inspect sees in the file of a new adapter, and how many numbers that adapter trains."""
     made = get_peft_model(model, LoraConfig(r=4, **{"lora_alpha": 8, **fields}))
     made.save_pretrained(folder)
-    return contents_of(read_weights_header(folder), read_config(folder)), made.get_nb_trainable_parameters()[0]
+    return contents_of(read_weights_header(folder).tensors, read_config(folder)), made.get_nb_trainable_parameters()[0]
 
 
 def test_patterns_set_ranks_and_scales(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from veneer.errors import AdapterFileError, ConfigError, VeneerWarning, bullet_l
 from veneer.layers.replication import replicated
 from veneer.layers.saved_module import original_state
 from veneer.model.apply import carry_out, one_at_a_time
+from veneer.model.card import base_of, write_card
 from veneer.model.make import saved_dtypes
 from veneer.model.overlay import adapters_by_site, overlay_needed
 from veneer.model.plan import plan
@@ -59,16 +60,24 @@ from veneer.targets.saved import read_by_ending
 # adapter_config.json is noticed.
 _TRAINED_WITH = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _NOTE = "veneer_trained_with"
+NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 
 
 def save_adapter(
-    model: nn.Module, name: str, folder: Path, *, state: Mapping[str, Tensor] | None = None, plain: bool = True
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    plain: bool = True,
+    card: Mapping[str, Any] | None = NO_NOTES,
 ) -> None:
     """Write adapter `name` to a folder in PEFT's format, in one step.
 
     state  a state dict of the model to take the values from, as gathered from shards
     plain  write an adapter that takes its start off the base as a LoRA of twice the rank over the original base;
            False: as it is in memory, to be read over the same base by the same initialisation
+    card   what the model card says besides (`write_card`); None: write no card
 
     Raises AdapterNameError, ConfigError if the config was edited, AdapterFileError if values are broken or missing.
     """
@@ -102,14 +111,37 @@ def save_adapter(
     elif takes_off_its_start(config):
         check_start_can_be_redone(config, f"Not saved to {folder}")
         kept = {key: kept[key] for key in expected}
-    write_values(folder, config, kept)
+    if card is not None:
+        own = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
+        card = {"base": base_of(model, own), **card}
+    write_values(folder, config, kept, card=card)
 
 
-def write_values(folder: str | Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter given by its values, complete, by their names in the file. Raises AdapterFileError."""
+def write_values(
+    folder: str | Path,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    card: Mapping[str, Any] | None = NO_NOTES,
+) -> None:
+    """Write an adapter given by its values, complete, by their names in the file, with its model card.
+
+    card  what the card says besides (`write_card`); None: write no card. Raises AdapterFileError.
+    """
     check_kind(folder, (str, os.PathLike), "The folder to save to")
     notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config))}
-    write_adapter(Path(folder), config.changed(inference_mode=True).to_json(), tensors, metadata=notes)
+    target = Path(folder)
+
+    def beside(stage: Path) -> None:
+        write_card(stage, before=target, **(card or {}))
+
+    write_adapter(
+        target,
+        config.changed(inference_mode=True).to_json(),
+        tensors,
+        metadata=notes,
+        beside=None if card is None else beside,
+    )
 
 
 @one_at_a_time

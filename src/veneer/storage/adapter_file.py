@@ -7,7 +7,7 @@ No pickle: `adapter_model.bin` is refused.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,9 +145,16 @@ def checksum(tensors: Mapping[str, "Tensor"]) -> str:
 
 
 def write_adapter(
-    folder: Path, config_json: str, tensors: Mapping[str, "Tensor"], *, metadata: Mapping[str, str] | None = None
+    folder: Path,
+    config_json: str,
+    tensors: Mapping[str, "Tensor"],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write both files in one step and read them back before they count.
+
+    beside  called with the folder that holds them and is about to take the old one's place, to add files of its own
 
     Whatever happens, the folder holds the old adapter or the new one. Other files of the folder stay; a pickle of an
     older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite,
@@ -173,6 +180,8 @@ def write_adapter(
         check_integrity(stage, read_weights_header(stage), read_tensors(stage, plain))
         if (stage / CONFIG_FILE).read_text(encoding="utf-8") != config_json:
             raise AdapterFileError(f"Not saved to {folder}: the disk returned something other than what was written.")
+        if beside is not None:
+            beside(stage)
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
