@@ -14,6 +14,7 @@ from veneer.cli.demo import demo
 from veneer.cli.init import init
 from veneer.cli.inspect import inspect
 from veneer.cli.merge import merge
+from veneer.cli.push import push
 from veneer.cli.targets import targets
 from veneer.cli.train import train
 from veneer.errors import VeneerError, VeneerWarning
@@ -42,7 +43,7 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for command in (demo, init, train, chat, targets, inspect, merge):
+for command in (demo, init, train, chat, targets, inspect, merge, push):
     app.command()(_stoppable(command))
 
 

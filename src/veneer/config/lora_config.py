@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from veneer.config.init_names import OPTIONS_FIELD
 from veneer.config.patterns import first_match
@@ -19,8 +19,12 @@ from veneer.config.tidy import tidied
 from veneer.errors import ConfigError, UnknownFieldError, bullet_list
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
+from veneer.storage.push import check_push_options, push_saved
 from veneer.storage.write import write_file
 from veneer.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 _Class = TypeVar("_Class")
 
@@ -256,6 +260,15 @@ class LoraConfig:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / CONFIG_FILE, self.to_json().encode())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> "CommitInfo":
+        """Upload `adapter_config.json` alone, in one commit; options as of `PeftModel.push_to_hub`.
+
+        Raises AdapterFileError that says what to do.
+        """
+        given = check_push_options(options)
+        given.pop("tags", None)
+        return push_saved(lambda folder, _: self.save_pretrained(folder), repo_id, what="Upload config", **given)
 
     @classmethod
     def from_pretrained(

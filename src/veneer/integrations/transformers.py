@@ -7,7 +7,7 @@ adapter, removed or merged, the model gets its own class back.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Generator, Tensor, nn
 
@@ -29,8 +29,10 @@ from veneer.model.hotswap import (
 )
 from veneer.model.merge import disable
 from veneer.model.methods import AdapterMethods
+from veneer.model.model_card import card_of_model
 from veneer.model.overlay import as_names, overlay_of
 from veneer.model.pretrained import with_base_name
+from veneer.model.push import push_adapters
 from veneer.model.restore import DEFAULT
 from veneer.model.state_dict import get_peft_model_state_dict
 from veneer.model.teach_trainer import teach_trainer
@@ -38,6 +40,9 @@ from veneer.model.teach_trl import teach_trl
 from veneer.model.tuner import LoraModel
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 @one_at_a_time
@@ -212,15 +217,33 @@ class AdaptedModel(swap.Front):
         """Write the active adapter to a folder in PEFT's format; never the base model.
 
         state_dict  a state dict of this model to take the values from, as gathered from shards
+        push_to_hub upload it, too; `repo_id` and further options as of `push_to_hub`
         options     those that shape a base checkpoint (`max_shard_size`, `variant`, …) change nothing here
 
         To save the base model, remove the adapters first, or merge them. Raises AdapterFileError.
         """
-        if push_to_hub:
-            raise AdapterFileError("push_to_hub is not available yet: save to a folder and upload that.")
         name = _only_active(self, f"Not saved to {save_directory}")
-        if is_main_process:
-            save_adapter(self, name, Path(save_directory), state=state_dict)
+        if not is_main_process:
+            return
+        save_adapter(self, name, Path(save_directory), state=state_dict)
+        if push_to_hub:
+            repo_id = options.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(repo_id, state_dict=state_dict, **options)
+
+    def push_to_hub(
+        self, repo_id: str, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> "CommitInfo":
+        """Upload the active adapter, with its model card, in one commit; never the base model. As on a PeftModel."""
+        name = _only_active(self, f"Not pushed to {repo_id}")
+
+        def save(folder: Path, card: Mapping[str, Any]) -> None:
+            save_adapter(self, name, folder, state=state_dict, card=card)
+
+        return push_adapters(save, repo_id, [LoraModel(self).peft_config[name]], **options)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write README.md into a folder, or renew what Veneer wrote there. As on a PeftModel; Trainer calls it."""
+        card_of_model(self, _only_active(self, f"No model card was written to {output_dir}"), Path(output_dir))
 
     def __call__(
         self,

@@ -59,6 +59,7 @@ def write_card(
     folder: Path,
     *,
     before: Path | None = None,
+    into: Path | None = None,
     base: Base | None = None,
     location: str | None = None,
     adapters: Sequence[str] = ("",),
@@ -68,6 +69,7 @@ def write_card(
     """Write README.md beside an adapter, or renew the parts of it that are ours.
 
     before    a folder whose README.md is carried on, if it is another one than `folder`
+    into      where it goes, if not beside the adapter
     location  what the adapter is loaded by: a hub id, or a folder
     adapters  subfolders of the adapters it speaks of, the one described first; "" is the folder itself
     said      more sections by name ("training", "scores"), as Markdown; they stay until the weights change
@@ -92,7 +94,7 @@ def write_card(
         text = with_metadata(_new(config, sections), metadata)
     else:
         text = updated(text, metadata, sections, of=of, order=ORDER)
-    write_file(folder / CARD_FILE, text.encode())
+    write_file((into or folder) / CARD_FILE, text.encode())
 
 
 def metadata_of(config: Mapping[str, Any], base: Base | None, tags: Iterable[str] = ()) -> dict[str, Any]:
@@ -214,7 +216,6 @@ def _plain(value: Any) -> str:
 
 def _new(config: Mapping[str, Any], sections: Mapping[str, str]) -> str:
     parts = [
-        "",
         f"# {method(config)} adapter for {shown_base(config).strip('`').rpartition('/')[2]}",
         "",
         "\n".join(sections[name] for name in ORDER if name in sections),

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -60,6 +60,7 @@ from veneer.targets.saved import read_by_ending
 # adapter_config.json is noticed.
 _TRAINED_WITH = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _NOTE = "veneer_trained_with"
+DEFAULT = "default"  # the adapter that lies in the folder itself, as in PEFT
 NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -115,6 +116,25 @@ def save_adapter(
         own = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
         card = {"base": base_of(model, own), **card}
     write_values(folder, config, kept, card=card)
+
+
+def save_adapters(
+    model: nn.Module,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    plain: bool = True,
+    card: Mapping[str, Any] = NO_NOTES,
+) -> None:
+    """Save adapters: `default` to the folder itself, each other one to a subfolder of its name, with one model card."""
+    places = {name: "" if name == DEFAULT else name for name in names}
+    card = {**card, "adapters": sorted(places.values())}
+    for name, place in places.items():
+        save_adapter(model, name, folder / place, state=state, plain=plain, card=None if place else card)
+    if DEFAULT not in places:
+        own = sum(tensor.numel() for tensor in adapter_tensors(model, names[0]).values())
+        write_card(folder, base=base_of(model, own), **card)
 
 
 def write_values(

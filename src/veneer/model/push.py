@@ -1,5 +1,6 @@
 """Adapters of a model to the Hugging Face hub: saved as into any folder, with a card, then uploaded in one commit."""
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -7,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.config import LoraConfig
 from veneer.errors import VeneerWarning
+from veneer.model.card import write_card
+from veneer.storage.adapter_file import CONFIG_FILE, check_integrity, read_config, read_tensors, read_weights_header
 from veneer.storage.push import check_push_options, push_saved
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+LEFT_HERE = (".pt", ".pth", ".bin")  # pickles: a checkpoint's state of optimizer and random numbers
 
 
 def push_adapters(
@@ -33,6 +38,25 @@ def push_adapters(
         what="Upload adapter",
         **given,
     )
+
+
+def push_folder(folder: Path, repo_id: str, **options: Any) -> "CommitInfo":
+    """Upload an adapter folder, read and found whole before, with its model card.
+
+    Its own README.md goes before that of the repository. Checkpoints and files that begin with a dot stay here.
+    Raises AdapterFileError, ConfigError if the adapter's config cannot be used.
+    """
+    config = LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
+    header = read_weights_header(folder)
+    check_integrity(folder, header, read_tensors(folder, header.tensors))
+
+    def save(target: Path, card: Mapping[str, Any]) -> None:
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.startswith(".") and file.suffix not in LEFT_HERE:
+                shutil.copyfile(file, target / file.name)
+        write_card(target, **card)
+
+    return push_adapters(save, repo_id, [config], **options)
 
 
 def _warn_of_local_base(config: LoraConfig) -> None:

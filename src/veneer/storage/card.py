@@ -99,5 +99,5 @@ def with_metadata(card: str, wanted: Mapping[str, Any], *, ours: bool = True) ->
     }
     if new == data:
         return card
-    body = card[found.end() :] if found else f"\n{card}" if card else ""
+    body = card[found.end() :] if found else f"\n{card}"
     return f"---\n{yaml.safe_dump(new, sort_keys=False, allow_unicode=True)}---\n{body}"

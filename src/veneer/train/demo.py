@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import MergeError, RunError
+from veneer.model.files import DEFAULT
+from veneer.model.model_card import card_of_model
 from veneer.storage.write import write_file, write_folder
+from veneer.train.card import scores_section
 from veneer.train.data import Message, Row, read_rows
 from veneer.train.folders import is_empty, refuse_unwritable
 from veneer.train.generate import answer
@@ -137,6 +140,8 @@ def run(
             adapted = _with_adapter(folder, result.adapter_dir)
             with clock("answer after"):
                 after = _examine(adapted, tokenizer, test, size, progress, "Asking the reloaded adapter")
+            said = {"scores": scores_section(before.scores, after.scores, INSTRUCTION)}
+            card_of_model(adapted.get_base_model(), DEFAULT, result.adapter_dir, said=said)
             with clock("merge"):
                 merged_dir = output / "merged"
                 _merge(adapted, tokenizer, merged_dir)

@@ -1,6 +1,6 @@
 """A run file's settings to an adapter folder.
 
-OUTPUT/adapter/       the result: adapter_config.json, adapter_model.safetensors and the tokenizer
+OUTPUT/adapter/       the result: adapter_config.json, adapter_model.safetensors, the tokenizer and a model card
 OUTPUT/log.jsonl      loss, learning rate, gradient norm and speed, one line a step
 OUTPUT/loss.png       where matplotlib is installed
 OUTPUT/run.yaml       the settings, defaults written out
@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.errors import RunError
+from veneer.model.files import DEFAULT
+from veneer.model.model_card import card_of_model
+from veneer.storage.card import CARD_FILE, read_card
 from veneer.storage.write import write_folder
 from veneer.train.build import build_trainer
+from veneer.train.card import training_section
 from veneer.train.folders import is_empty, refuse_non_empty, refuse_unwritable
 from veneer.train.load import load_model, load_tokenizer
 from veneer.train.packages import has, require
@@ -157,8 +161,11 @@ def _fit(
     losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
     eval_losses = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     trainable, total = _counts(model)
+    said = training_section(
+        settings, record, losses, eval_losses, steps=trainer.state.global_step, tokens=meter.tokens, seconds=seconds
+    )
     return Result(
-        adapter_dir=_save(model, tokenizer, output, before),
+        adapter_dir=_save(model, tokenizer, output, before, said),
         log_file=log_file,
         plot=_plot(losses, eval_losses, output / "loss.png", progress),
         losses=losses,
@@ -202,9 +209,13 @@ def _trained(model: "PreTrainedModel") -> dict[str, "Tensor"]:
 
 
 def _save(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", output: Path, before: Mapping[str, "Tensor"]
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    output: Path,
+    before: Mapping[str, "Tensor"],
+    said: str,
 ) -> Path:
-    """Write the adapter and its tokenizer, once its numbers are known to be finite and not those it began with."""
+    """Write the adapter, its tokenizer and its card, once its numbers are known to be finite and not those it began with."""
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     broken = [name for name, p in after.items() if not p.isfinite().all()]
     if broken:
@@ -216,8 +227,11 @@ def _save(
         )
 
     def fill(stage: Path) -> None:
+        if (card := read_card(output / "adapter")) is not None:  # what its reader wrote into it stays
+            (stage / CARD_FILE).write_bytes(card.encode())
         model.save_pretrained(str(stage))
         tokenizer.save_pretrained(str(stage))
+        card_of_model(model, DEFAULT, stage, said={"training": said})
 
     write_folder(output / "adapter", fill)
     return output / "adapter"
