@@ -44,6 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["FakeHub"]:
     """An empty hub that this process believes to be the Hugging Face hub, with a cache of its own and no token."""
     import huggingface_hub
     from huggingface_hub import constants, hf_api
+
     from storage.fake_hub import served
 
     with served() as hub:
@@ -57,5 +58,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["FakeHub"]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
+        huggingface_hub.utils.disable_progress_bars()
         yield hub
+        huggingface_hub.utils.enable_progress_bars()
         huggingface_hub.close_session()

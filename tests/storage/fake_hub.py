@@ -62,7 +62,9 @@ class FakeHub:
         self.fails: int | None = None
         self.url = ""
 
-    def put(self, name: str, files: Files, *, revision: str = "main", private: bool = False, gated: bool = False) -> str:
+    def put(
+        self, name: str, files: Files, *, revision: str = "main", private: bool = False, gated: bool = False
+    ) -> str:
         """Commit files to a repository, made if there is none; returns the commit's hash."""
         repository = self.repositories.setdefault(name, Repository(private, gated))
         before = repository.files(revision) if revision in repository.refs else {}
@@ -196,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.may_write(name):
             raise problem(403, "You don't have the rights to create a model under this namespace")
         if name in self.hub.repositories:
-            raise problem(409, "You already created this model repo")
+            raise Answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
         self.hub.repositories[name] = made = Repository(private=asked.get("visibility") == "private")
         made.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, ("initial commit", ""))
         raise Answer(200, {"url": f"{self.hub.url}/{name}", "name": name})

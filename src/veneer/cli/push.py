@@ -12,7 +12,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made if there is none.")] = None,
     message: Annotated[str | None, typer.Option(help="What the commit says.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the files to the repository's owner.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the files to the owner.")] = False,
     token_from: Annotated[
         str | None, typer.Option("--token-from-env", metavar="VARIABLE", help="Where to read the token.")
     ] = None,

@@ -223,4 +223,3 @@ def _new(config: Mapping[str, Any], sections: Mapping[str, str]) -> str:
         "base model and of the data.\n",
     ]
     return "\n".join(parts)
-

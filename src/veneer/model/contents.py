@@ -153,6 +153,7 @@ def _short(name: str) -> str:
 
 
 def scale_of(rank: Any, alpha: Any, *, rslora: bool) -> float | None:
+    """What an update of this rank and alpha is multiplied with; None if these are no numbers."""
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         return None
     return alpha / (sqrt(rank) if rslora else rank)

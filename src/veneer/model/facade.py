@@ -131,8 +131,8 @@ class PeftModel(AdapterMethods):
         convert_mutated_init  write adapters that take their start off the base (PiSSA, say) as plain LoRA of twice the
                               rank over the original base; False: as trained, for readers that do the same start again
 
-        push_to_hub           upload the same, too: `repo_id` (the folder's name unless given) and what else `push_to_hub`
-                              takes
+        push_to_hub           upload the same, too: `repo_id` (the folder's name unless given) and what else
+                              `push_to_hub` takes
 
         A model card, README.md, lies beside the adapter; what you wrote into it stays (`create_or_update_model_card`).
         path_initial_model_for_weight_conversion is there for PEFT's callers; the start is remembered, not read.

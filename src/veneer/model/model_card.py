@@ -17,7 +17,6 @@ def card_of_model(model: nn.Module, name: str, folder: Path, *, said: Mapping[st
 
     said  more sections by name (`write_card`)
     """
-    import tempfile
 
     own = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
     base = base_of(model, own)

@@ -15,8 +15,11 @@ from typing import Any
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 4 << 20
-_FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_SECTION = re.compile(r"<!-- veneer:(?P<name>\w+)(?: of (?P<of>\w+))? -->\n(?P<text>.*?)<!-- veneer:end -->\n?", re.DOTALL)
+_FRONT = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_SECTION = re.compile(
+    r"<!-- veneer:(?P<name>\w+)(?: of (?P<of>\w+))? -->\r?\n(?P<text>.*?)<!-- veneer:end -->\r?\n?", re.DOTALL
+)
+ALWAYS = ("adapter", "use")  # sections of a new card; a reader who took one out does not want it
 _END = "<!-- veneer:end -->\n"
 
 
@@ -60,9 +63,6 @@ def updated(
     return with_metadata(body, metadata, ours=ours)
 
 
-ALWAYS = ("adapter", "use")  # sections of a new card; a reader who took one out does not want it
-
-
 def _renewed(found: re.Match[str], sections: Mapping[str, str], of: str | None) -> str:
     if (text := sections.get(found["name"])) is not None:
         return text
@@ -85,12 +85,13 @@ def with_metadata(card: str, wanted: Mapping[str, Any], *, ours: bool = True) ->
     found = _FRONT.match(card)
     try:
         data = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return card
     data = {} if data is None else data
     if not isinstance(data, dict):
         return card
-    tags = data.get("tags") if isinstance(data.get("tags"), list) else [data["tags"]] if data.get("tags") else []
+    tags = data.get("tags") or []
+    tags = tags if isinstance(tags, list) else [tags]
     known = {"library_name", *(["base_model"] if ours else [])}
     new = {
         **data,

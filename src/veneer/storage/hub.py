@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_WHOLE_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WHOLE_MODEL = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _OF_DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 

@@ -52,7 +52,13 @@ def why_not_downloaded(repository: str, error: BaseException, hub: Mapping[str, 
 def why_not_pushed(repository: str, error: BaseException, hub: Mapping[str, Any]) -> str:
     """Why nothing was written to a repository, and what to do."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     not_pushed = f"Not pushed to {repository}:"
     status = _status(error)
@@ -65,6 +71,8 @@ def why_not_pushed(repository: str, error: BaseException, hub: Mapping[str, Any]
             return f"{not_pushed} {repository!r} is not a hub id (user/name)."
         case RevisionNotFoundError():
             return f"{not_pushed} the repository has no revision {hub.get('revision')!r}."
+        case LocalTokenNotFoundError():
+            return f"{not_pushed} the hub does not know who you are: {_LOG_IN}."
         case _ if status == 401 and not _has_token(hub):
             return f"{not_pushed} the hub does not know who you are: {_LOG_IN}."
         case RepositoryNotFoundError():

@@ -1,12 +1,12 @@
 """A folder to the Hugging Face hub, in one commit."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterFileError, check_kind
-from veneer.storage.hub import HUB_OPTIONS, file_in, hub_api, is_hub_id
+from veneer.storage.hub import hub_api, is_hub_id
 from veneer.storage.hub_errors import failures, why_not_pushed
 
 if TYPE_CHECKING:

@@ -43,9 +43,7 @@ def training_section(
 def scores_section(before: Scores, after: Scores, task: str) -> str:
     """What the demonstration measured, as Markdown."""
     names = {"valid": "one JSON object and nothing else", "exact": "exactly the expected object", "f1": "F1 of fields"}
-    lines = [
-        f"| {label} | {_score(name, before)} | {_score(name, after)} |" for name, label in names.items()
-    ]
+    lines = [f"| {label} | {_score(name, before)} | {_score(name, after)} |" for name, label in names.items()]
     head = ["| | model alone | with the adapter |", "|---|---|---|"]
     text = f"On {counted(after.rows, 'row')} that it was not trained on. Each was asked with the instruction:"
     return "\n".join(["## Scores", "", text, "", f"> {task}", "", *head, *lines])

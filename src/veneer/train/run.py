@@ -215,7 +215,7 @@ def _save(
     before: Mapping[str, "Tensor"],
     said: str,
 ) -> Path:
-    """Write the adapter, its tokenizer and its card, once its numbers are known to be finite and not those it began with."""
+    """Write the adapter, its tokenizer and its card, once its numbers are finite and not those it began with."""
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     broken = [name for name, p in after.items() if not p.isfinite().all()]
     if broken:
