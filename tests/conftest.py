@@ -4,6 +4,7 @@ PEFT is the oracle of many tests. Where it is not installed, the files that ask 
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["FakeHub"]:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        if "transformers.utils.hub" in sys.modules:  # it keeps its own, made on first use
+            monkeypatch.setattr("transformers.utils.hub._hf_api", None)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -34,7 +34,11 @@ def test_the_model_stays_what_it_was(model):
 
 def test_its_own_saving_writes_an_adapter(model, tmp_path):
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 8
     again = tiny.llama()
     load_adapter(again, tmp_path)

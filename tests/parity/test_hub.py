@@ -9,7 +9,10 @@ from peft import get_peft_model as peft_model
 import tiny
 from veneer import LoraConfig, PeftModel, get_peft_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT asks for it
+]
 TOKENS = torch.arange(12).reshape(2, 6)
 FIELDS = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 
