@@ -81,7 +81,7 @@ DAMAGES = {
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-7]),
         "is cut off: its tensors need",
     ),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"There is no {WEIGHTS} in .*; it holds {CONFIG}"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"There is no {WEIGHTS} in .*; it holds README.md, {CONFIG}"),
     "a pickle": (
         lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
         "a pickle, which can run code when it is read",
