@@ -18,7 +18,7 @@ from veneer.model.overlay import as_names, overlay_needed, overlay_of
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.push import push_adapters
 from veneer.model.report import count_parameters, trainable_line
-from veneer.model.restore import DEFAULT, place_of, restore
+from veneer.model.restore import DEFAULT, restore
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.model.teach_trainer import teach_trainer
 from veneer.model.teach_trl import teach_trl
