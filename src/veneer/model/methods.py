@@ -189,6 +189,9 @@ class AdapterMethods(nn.Module):
     ) -> nn.Module:
         """Fold adapters into the weights for good; returns the plain model, with nothing of Veneer on it.
 
+        What it can do is what its own class can: a transformers model has `save_pretrained`, a plain torch model is
+        saved with `torch.save(model.state_dict(), file)` or safetensors.
+
         progressbar and safe_merge are there for PEFT's callers. Raises AdapterNameError or MergeError.
         """
         self._refuse_without_adapters("merge")
