@@ -207,9 +207,9 @@ def test_a_failed_load_leaves_the_other_adapters_alone(folder):
     assert torch.equal(model(tiny.ids()).logits, before)
 
 
-def test_loading_under_a_taken_name_is_refused(folder):
-    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
-    with pytest.raises(AdapterNameError, match="already"):
+def test_loading_under_the_name_of_an_adapter_of_other_settings_is_refused(folder):
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(r=3, target_modules=["o_proj"]))
+    with pytest.raises(AdapterNameError, match="of other settings"):
         model.load_adapter(folder, "default")
 
 
