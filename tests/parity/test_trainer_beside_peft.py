@@ -8,7 +8,6 @@ from transformers import Trainer, TrainingArguments
 import tiny
 import veneer
 
-
 # PEFT reads transformers' older name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")
 
