@@ -116,9 +116,8 @@ def _with_trained_head(model: Any, forward: Callable[..., Any], overlay: Overlay
                 "TRL multiplies by lm_head.weight itself, so an adapter on the output head, or token rows tied to it, "
                 "would never be trained: leave lm_head out of target_modules, or name it in modules_to_save."
             )
-        saved: Any = head if head is not None and is_saved(head) else None
-        acting = () if saved is None else overlay.route.acting
-        copies = [saved.modules_to_save[name] for name in acting if name in saved.modules_to_save]
+        made = head.modules_to_save if head is not None and is_saved(head) else {}
+        copies = [made[name] for name in overlay.route.acting if name in made]
         if not copies:
             return forward(*args, **kwargs)
         vars(model)[_HEAD] = lambda: copies[-1]
