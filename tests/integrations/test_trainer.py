@@ -344,6 +344,21 @@ class TestWhatElseItDoes:
         assert "tiny" in (tmp_path / "README.md").read_text()
 
 
+def test_injected_adapters_are_saved_and_go_on(tmp_path):
+    def make():
+        torch.manual_seed(1)
+        return veneer.inject_adapter_in_model(config(), tiny.llama())
+
+    whole = make()
+    trainer(whole, tmp_path).train()
+    assert {path.name for path in (tmp_path / "checkpoint-3").iterdir()} >= ADAPTER
+    again = make()
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_equal(trained(again), trained(whole))
+    again.save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").exists()
+
+
 def test_other_models_are_saved_and_resumed_as_ever(tmp_path):
     set_seed(0)
     whole = tiny.llama()

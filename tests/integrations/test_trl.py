@@ -93,8 +93,9 @@ class TestSupervised:
         assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
     def test_an_adapter_on_the_head_is_refused(self, make, tmp_path):
-        with pytest.raises(AttachError, match="TRL multiplies by lm_head.weight itself"):
-            sft(make(target_modules=["lm_head"]), tmp_path)
+        made = sft(make(target_modules=["lm_head"]), tmp_path)
+        with pytest.raises(AttachError, match=r"TRL multiplies by lm_head\.weight itself"):
+            made.train()
 
 
 class TestPreferences:

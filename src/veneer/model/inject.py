@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from veneer.config import LoraConfig
 from veneer.errors import AttachError, ConfigError, TargetError, VeneerWarning, bullet_list, check_kind, shortened
 from veneer.model.apply import activate, add_adapter, one_at_a_time
+from veneer.model.facade import PeftModel
 from veneer.model.methods import AdapterMethods
 from veneer.model.pretrained import guard_saving, with_base_name
+from veneer.model.teach_trainer import teach_trainer
 from veneer.storage import keys
 from veneer.targets import resolve
 
@@ -45,6 +47,7 @@ def inject_adapter_in_model(
     add_adapter(model, adapter_name, with_base_name(peft_config, model))
     activate(model, (adapter_name,))
     guard_saving(model)
+    teach_trainer(PeftModel)
     return model
 
 

@@ -13,7 +13,7 @@ from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.merge import base_in_place
 
-_SAVE = "save_pretrained"
+SAVE = "save_pretrained"
 _LEAVE_OUT = "_keys_to_ignore_on_save"
 
 
@@ -35,21 +35,26 @@ class SaveBase:
             }
             setattr(self.model, _LEAVE_OUT, {*(theirs or ()), *ours})
             try:
-                return getattr(type(self.model), _SAVE)(self.model, *args, **kwargs)
+                return getattr(type(self.model), SAVE)(self.model, *args, **kwargs)
             finally:
                 setattr(self.model, _LEAVE_OUT, theirs)
 
 
 def guard_saving(model: nn.Module) -> None:
     """Let the model's own `save_pretrained` write the base checkpoint, untouched by adapters."""
-    if hasattr(type(model), _SAVE) and hasattr(type(model), _LEAVE_OUT):
-        vars(model)[_SAVE] = SaveBase(model)
+    if hasattr(type(model), SAVE) and hasattr(type(model), _LEAVE_OUT):
+        vars(model)[SAVE] = SaveBase(model)
 
 
 def release_saving(model: nn.Module) -> None:
     """Undo `guard_saving`."""
-    if isinstance(vars(model).get(_SAVE), SaveBase):
-        del vars(model)[_SAVE]
+    if is_guarded(model):
+        del vars(model)[SAVE]
+
+
+def is_guarded(model: nn.Module) -> bool:
+    """Whether the model's own `save_pretrained` writes the base, as `guard_saving` has it."""
+    return isinstance(vars(model).get(SAVE), SaveBase)
 
 
 def note_untied_head(model: Layer) -> None:

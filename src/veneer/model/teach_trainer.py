@@ -5,14 +5,18 @@ with a model adapted in place, not even by PEFT. `docs/decisions/0007-teaching-t
 Every function below answers for models with our adapters, and leaves all others to what it stands before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from veneer.model.overlay import overlay_of
+from veneer.errors import AdapterFileError
+from veneer.model.files import save_adapter
+from veneer.model.overlay import overlay_needed, overlay_of
+from veneer.model.pretrained import SAVE, is_guarded
 from veneer.model.restore import restore_all
 from veneer.on_import import stand_before, when_imported
 
@@ -84,6 +88,14 @@ def _go_on(facade: type[nn.Module], module: Any) -> None:
 
         return load_best_model
 
+    def make_save(theirs: Callable[..., None]) -> Callable[..., None]:
+        def save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+            found = _adapted(facade, self.model)
+            with _injected_saved(found[0]) if found is not None and not found[1] else nullcontext():
+                theirs(self, output_dir, state_dict)
+
+        return save
+
     def make_policy(theirs: Callable[..., None]) -> Callable[..., None]:
         def update_fsdp_plugin(model: nn.Module, accelerator: Any) -> None:
             if not isinstance(model, facade):  # PEFT's policy knows PEFT's layers
@@ -93,6 +105,7 @@ def _go_on(facade: type[nn.Module], module: Any) -> None:
 
     stand_before(module.Trainer, "_load_from_checkpoint", make_resume)
     stand_before(module.Trainer, "_load_best_model", make_best)
+    stand_before(module.Trainer, "_save", make_save)
     stand_before(module, "update_fsdp_plugin_peft", make_policy)
 
 
@@ -106,3 +119,25 @@ def _adapted(facade: type[nn.Module], model: Any) -> tuple[nn.Module, bool] | No
             return model, False
         model = next((model._modules[name] for name in ("_orig_mod", "module") if name in model._modules), None)
     return None
+
+
+@contextmanager
+def _injected_saved(model: nn.Module) -> Iterator[None]:
+    """Within the block `save_pretrained` of a model with injected adapters writes the active one, and not the base."""
+    guard = vars(model).get(SAVE)
+    if not is_guarded(model):
+        yield
+        return
+
+    def save(folder: str, *, state_dict: Any = None, is_main_process: bool = True) -> None:
+        active = overlay_needed(model).route.active
+        if len(active) != 1:
+            raise AdapterFileError(f"Not saved to {folder}: one adapter is saved at a time, {len(active)} are active.")
+        if is_main_process:
+            save_adapter(model, active[0], Path(folder), state=state_dict)
+
+    vars(model)[SAVE] = save
+    try:
+        yield
+    finally:
+        vars(model)[SAVE] = guard

@@ -70,19 +70,10 @@ def _tell(facade: type[nn.Module], module: ModuleType) -> None:
 
 def _make_head(theirs: Callable[..., None]) -> Callable[..., None]:
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
-        overlay = overlay_of(model)
-        if overlay is None:
-            theirs(model, *args, **kwargs)
-            return
-        head = model.get_output_embeddings()
-        if isinstance(head, Adapted) or has_rows(head):
-            raise AttachError(
-                "TRL multiplies by lm_head.weight itself, so an adapter on the output head, or token rows tied to it, "
-                "would never be trained: leave lm_head out of target_modules, or name it in modules_to_save."
-            )
         theirs(model, *args, **kwargs)
-        if is_saved(head):
-            model.forward = _with_copy(model, model.forward, overlay, head)
+        overlay = overlay_of(model)
+        if overlay is not None:
+            model.forward = _with_trained_head(model, model.forward, overlay)
 
     return add_fused_lm_head
 
@@ -112,12 +103,22 @@ def _reference(model: Any, adapter_name: str | None) -> Iterator[None]:
         model.set_adapter(active)
 
 
-def _with_copy(model: Any, forward: Callable[..., Any], overlay: Overlay, head: Any) -> Callable[..., Any]:
-    """The forward with the trained copy of the output head in the head's place, which `modules_to_save` made."""
+def _with_trained_head(model: Any, forward: Callable[..., Any], overlay: Overlay) -> Callable[..., Any]:
+    """The forward that multiplies by the trained copy of the output head, where `modules_to_save` made one.
 
-    def with_copy(*args: Any, **kwargs: Any) -> Any:
-        copies = [head.modules_to_save[name] for name in overlay.route.acting if name in head.modules_to_save]
-        if not kwargs.get("fused_lm_head") or not copies:
+    Raises AttachError if an adapter is on the head, or token rows tied to it, when that is passed by.
+    """
+
+    def with_trained_head(*args: Any, **kwargs: Any) -> Any:
+        head = model.get_output_embeddings() if kwargs.get("fused_lm_head") else None
+        if isinstance(head, Adapted) or (head is not None and has_rows(head)):
+            raise AttachError(
+                "TRL multiplies by lm_head.weight itself, so an adapter on the output head, or token rows tied to it, "
+                "would never be trained: leave lm_head out of target_modules, or name it in modules_to_save."
+            )
+        made = head.modules_to_save if head is not None and is_saved(head) else {}
+        copies = [made[name] for name in overlay.route.acting if name in made]
+        if not copies:
             return forward(*args, **kwargs)
         vars(model)[_HEAD] = lambda: copies[-1]
         try:
@@ -125,5 +126,5 @@ def _with_copy(model: Any, forward: Callable[..., Any], overlay: Overlay, head: 
         finally:
             del vars(model)[_HEAD]
 
-    with_copy.__wrapped__ = forward  # type: ignore[attr-defined]  # generate reads the signature
-    return with_copy
+    with_trained_head.__wrapped__ = forward  # type: ignore[attr-defined]  # generate reads the signature
+    return with_trained_head
