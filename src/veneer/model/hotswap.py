@@ -59,7 +59,7 @@ def hotswap_adapter(
     part = adapted_part(model)
     _check_unmerged(part, adapter_name)
     config = LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
-    resolution, tensors = read_other(part, folder, config)
+    config, resolution, tensors = read_other(part, folder, config)
     _swap(part, adapter_name, config, resolution, tensors)
 
 
