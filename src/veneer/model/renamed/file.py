@@ -169,7 +169,7 @@ class _Reading:
                 "the version of transformers it was made with and save it as a plain LoRA."
             )
         moved = self._moved_modules()
-        saved, _ = renamed_modules(self.structure, self.config.modules_to_save or [], moved)
+        saved = renamed_modules(self.structure, self.config.modules_to_save or [], moved)
         config = renamed_config(
             self.model,
             self.structure,
@@ -285,7 +285,7 @@ class _Reading:
         given = self.config.trainable_token_indices
         if not isinstance(given, dict):
             return given
-        return {renamed_modules(self.structure, [name], moved)[0][0]: tokens for name, tokens in given.items()}
+        return {renamed_modules(self.structure, [name], moved)[0]: tokens for name, tokens in given.items()}
 
     def _move_names(self) -> None:
         """The tensors of which only the name is another."""

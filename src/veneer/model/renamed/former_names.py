@@ -55,6 +55,10 @@ class FormerNames:
         found: list[Any] = table.get_model_conversion_mapping(model)
         self._converters = [one for one in found if isinstance(one, rules.WeightConverter)]
         self._renamings = [one for one in found if not isinstance(one, rules.WeightConverter)]
+        # without what only mends checkpoints that some versions wrote
+        renamings = table.get_model_conversion_mapping(model, add_legacy=False)
+        renamings = [one for one in reversed(renamings) if not isinstance(one, rules.WeightConverter)]
+        self._back = [one.reverse_transform() for one in renamings]
         self._parameters = {f"{prefix}{name}": value for name, value in model.named_parameters()}
 
     def place(self, name: str) -> Place | None:
@@ -103,8 +107,7 @@ class FormerNames:
 
     def _older(self, plain: str) -> Iterator[str]:
         """A name as it was before all renamings, before each of them alone, and as it is."""
-        back = [one.reverse_transform() for one in reversed(self._renamings)]
-        names = [self._rename(plain, back, [])[0], *(self._rename(plain, [one], [])[0] for one in back), plain]
+        names = [self._rename(plain, self._back, [])[0], *(self._rename(plain, [one], [])[0] for one in self._back), plain]
         for name in dict.fromkeys(names):
             yield f"{self.prefix}{name}"
 
@@ -130,10 +133,10 @@ def place_of(names: Sequence[FormerNames], former: str) -> Place | None:
     return next((place for one in names if (place := one.place(former)) is not None), None)
 
 
-def former_layers(names: Iterable[FormerNames]) -> dict[str, Place]:
-    """Where the weight of each layer is now, by the paths that the layers had."""
-    found: dict[str, Place] = {}
+def former_layers(names: Iterable[FormerNames]) -> dict[Place, list[str]]:
+    """The paths that layers had, the oldest first, by where their weights are now."""
+    found: dict[Place, list[str]] = {}
     for one in names:
         for path, place in one.layers():
-            found.setdefault(path, place)
+            found.setdefault(place, []).append(path)
     return found

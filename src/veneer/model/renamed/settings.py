@@ -38,7 +38,7 @@ def renamed_config(
         changes["lora_dropout"] = 0.0
     new = config.changed(
         target_modules=_module_names(structure, config, list(layers), changes),
-        target_parameters=[*_short(parameters, structure.parameters)] or None,
+        target_parameters=_short(parameters, structure.parameters, parts=2) or None,
         rank_pattern=_pattern({name: rank for name, (rank, _) in every.items()}, config.r),
         alpha_pattern=_pattern({name: alpha for name, (_, alpha) in every.items()}, config.lora_alpha),
         **{"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, **changes},
@@ -63,23 +63,19 @@ def _with_parts(structure: Structure, every: Mapping[str, RankAndAlpha]) -> dict
     return found
 
 
-def renamed_modules(
-    structure: Structure, names: Collection[str], moved: Mapping[str, str]
-) -> tuple[list[str], dict[str, list[str]]]:
-    """(names that mean modules now, those that replaced a former name) for a list such as `modules_to_save`.
+def renamed_modules(structure: Structure, names: Collection[str], moved: Mapping[str, str]) -> list[str]:
+    """The names that mean now what the names in a list such as `modules_to_save` meant.
 
     moved  {former path of a module: its path now}
     """
     kept: list[str] = []
-    replaced: dict[str, list[str]] = {}
     for name in names:
         if any(named([name], path) for path in structure.modules):
             kept.append(name)
             continue
         paths = [now for former, now in moved.items() if named([name], former) and now in structure.modules]
-        replaced[name] = list(_short(paths, structure.modules)) or [name]
-        kept += replaced[name]
-    return list(dict.fromkeys(kept)), replaced
+        kept += _short(paths, structure.modules) or [name]
+    return list(dict.fromkeys(kept))
 
 
 def _module_names(
@@ -104,10 +100,10 @@ def _module_names(
         return "|".join(re.escape(path) for path in paths)
 
 
-def _short(names: Collection[str], universe: Collection[str]) -> list[str]:
-    """The shortest ends, of two parts at least, that mean only these of all names."""
+def _short(names: Collection[str], universe: Collection[str], *, parts: int = 1) -> list[str]:
+    """The shortest ends, of so many parts at least, that mean only these of all names."""
     others = {end for name in universe if name not in names for end in ends_of(name)}
-    short = (next((end for end in ends_of(name)[1:] if end not in others), name) for name in names)
+    short = (next((end for end in ends_of(name)[parts - 1 :] if end not in others), name) for name in names)
     return list(dict.fromkeys(short))
 
 

@@ -1,11 +1,12 @@
 """A config for a new adapter that names layers as an older version of the model did."""
 
+import re
 import warnings
 
 from torch import nn
 
 from veneer.config import ALL_LINEAR, LoraConfig, rank_and_alpha
-from veneer.errors import TargetError, VeneerWarning, bullet_list, check_kind
+from veneer.errors import TargetError, VeneerWarning, bullet_list, check_kind, shortened
 from veneer.functional.lowrank import scaling
 from veneer.layers.kinds import kind_of
 from veneer.model.renamed.former_names import Place, former_layers, former_names
@@ -33,15 +34,17 @@ def with_names_of_today(model: nn.Module, config: LoraConfig) -> LoraConfig:
         return config
     structure = structure_of(model)
     chosen = _Chosen(structure, config)
-    stays = [path for path in structure.modules if chosen.has(path)]
-    readers = [p for p in stays if kind_of(structure.modules[p]) is None and f"{p}.weight" in structure.parameters]
-    found: dict[str, dict[str, Place]] = {}
     once = former_layers(names)
-    if all(place.is_whole for place in once.values()):  # then a module that reads its weight always did
+    stays = [path for path in structure.modules if chosen.has([path])]
+    found: dict[str, dict[str, Place]] = {}
+    for place, formers in once.items():
+        formers = [former for former in formers if former not in structure.modules]
+        # of two names for one layer, that of today counts: a pattern that leaves it out means that
+        if chosen.has(formers, idle_only=place.is_whole) and not place.refused:
+            found.setdefault(place.name, {})[chosen.first(formers)] = place
+    readers = [p for p in stays if kind_of(structure.modules[p]) is None and f"{p}.weight" in structure.parameters]
+    if all(place.is_whole for place in once):  # then a module that reads its weight always did
         readers = []
-    for former, place in once.items():
-        if former not in structure.modules and chosen.has(former) and not place.refused:
-            found.setdefault(place.name, {})[former] = place
     if not found and not readers:
         return config
     layers = {path: rank_and_alpha(config, path) for path in stays if path not in readers}
@@ -67,37 +70,52 @@ def with_names_of_today(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 class _Chosen:
-    """Which paths a config chooses, former ones too."""
+    """Which layers a config chooses, by any of the paths that they had."""
 
     def __init__(self, structure: Structure, config: LoraConfig) -> None:
         assert config.target_modules is not None
         self._selects = selector(config.target_modules)
-        self._drops = selector(config.exclude_modules) if config.exclude_modules else lambda path: False
+        entries = config.target_modules if isinstance(config.target_modules, list) else None
+        if entries is not None:
+            idle = [name for name in entries if not any(named([name], path) for path in structure.modules)]
+            self._selects_idle = selector(idle)
+        elif any(map(self._selects, structure.modules)):
+            self._selects_idle = selector([])
+        else:
+            self._selects_idle = self._selects
+        self._drops = selector(config.exclude_modules or [])
         wanted = config.layers_to_transform
         self._numbers = [wanted] if isinstance(wanted, int) else wanted
         self._patterns = layer_patterns(config)
         self._saved = [path for path in structure.modules if named(config.modules_to_save or [], path)]
 
-    def has(self, path: str) -> bool:
-        """Whether the layer at this path would get an adapter."""
-        if not self._selects(path) or self._drops(path) or inside(path, self._saved):
+    def has(self, paths: list[str], *, idle_only: bool = False) -> bool:
+        """Whether the layer with these paths would get an adapter.
+
+        idle_only  count only what means no layer of today
+        """
+        selects = self._selects_idle if idle_only else self._selects
+        if not any(map(selects, paths)) or any(map(self._drops, paths)) or any(inside(p, self._saved) for p in paths):
             return False
-        return self._numbers is None or layer_index(self._patterns, path) in self._numbers
+        return self._numbers is None or any(layer_index(self._patterns, path) in self._numbers for path in paths)
+
+    def first(self, paths: list[str]) -> str:
+        """The first of the paths that is selected."""
+        return next(filter(self._selects, paths))
 
 
 def _rank_and_alpha(structure: Structure, config: LoraConfig, name: str, formers: dict[str, Place]) -> RankAndAlpha:
-    pieces: dict[Place, Piece] = {}
+    pieces: list[Piece] = []
     for former, place in formers.items():
         rank, alpha = rank_and_alpha(config, former)
-        scale = scaling(alpha, rank, rslora=config.use_rslora)
-        pieces.setdefault(place, Piece(former, place, rank, alpha, scale))
-    first = next(iter(pieces.values()))
+        pieces.append(Piece(former, place, rank, alpha, scaling(alpha, rank, rslora=config.use_rslora)))
+    first = pieces[0]
     if first.place.is_whole:
         return first.rank, first.alpha
     owner, _, own = name.rpartition(".")
     stack = kind_of_parameter(structure.modules[owner], own).stack
     assert stack is not None
-    joined = Joined(tuple(pieces.values()), stack, config.use_rslora)
+    joined = Joined(tuple(pieces), stack, config.use_rslora)
     if why := joined.why_not_whole():
         raise TargetError(
             f"target_modules={config.target_modules!r}: some of these lie in {name} now, with others, and {why}. Name "
@@ -111,11 +129,15 @@ def _notice(structure: Structure, config: LoraConfig, new: LoraConfig, became: d
     lines: dict[str, None] = {}
     for name, formers in became.items():
         leaves = " + ".join(dict.fromkeys(former.rpartition(".")[2] for former in formers))
-        rank, alpha = rank_and_alpha(new, name.removesuffix(".weight"))
-        lines[f"{leaves} → {'.'.join(name.split('.')[-2:])}, rank {rank}, alpha {alpha:g}"] = None
+        owner = name.removesuffix(".weight")
+        is_layer = name != owner and kind_of(structure.modules[owner]) is not None
+        rank, alpha = rank_and_alpha(new, owner if is_layer else name)
+        now = re.sub(r"\b\d+\b", "*", owner) if is_layer else ".".join(name.split(".")[-2:])
+        lines[f"{leaves} → {now}, rank {rank}, alpha {alpha:g}"] = None
+    write = {"target_modules": new.target_modules, "target_parameters": new.target_parameters}
+    now = " and ".join(f"{field}={value!r}" for field, value in write.items() if value)
     return bullet_list(
         f"target_modules={config.target_modules!r} names layers of an older version of {structure.model_name}. In this "
-        f"one the adapter lies on target_parameters={new.target_parameters!r} and target_modules="
-        f"{new.target_modules!r}; write that to be without this warning:",
-        list(lines),
+        f"one they are {now}; write that to be without this warning:",
+        shortened(list(lines)),
     )
