@@ -76,7 +76,9 @@ class Experts:
             if value.dim() == 2:
                 state[name] = weights[path]
             elif own == "gate_up_proj":
-                gates, ups = ([weights[f"{owner}.{e}.{one}"] for e in range(len(value))] for one in (self.gate, self.up))
+                gates, ups = (
+                    [weights[f"{owner}.{e}.{one}"] for e in range(len(value))] for one in (self.gate, self.up)
+                )
                 state[name] = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
             elif own == "down_proj":
                 state[name] = torch.stack([weights[f"{owner}.{e}.{self.down}"] for e in range(len(value))])
@@ -123,7 +125,9 @@ def deepseek() -> DeepseekV3ForCausalLM:
     torch.manual_seed(0)
     latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
     routed = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**tiny_moe.SMALL, **latent, **routed, moe_intermediate_size=12)).eval()
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(**tiny_moe.SMALL, **latent, **routed, moe_intermediate_size=12)
+    ).eval()
 
 
 def llava() -> LlavaForConditionalGeneration:
@@ -156,6 +160,8 @@ def exact(model: nn.Module) -> Any:
 def old_file(model: nn.Module, family: Experts | Prefixes, folder: Path, **fields: Any) -> Path:
     """A file with the names of old for an adapter over `model`, with random values."""
     torch.manual_seed(0)
-    adapted = veneer.get_peft_model(tree(family.before(model)), veneer.LoraConfig(**{"r": 2, "lora_alpha": 6, **fields}))
+    adapted = veneer.get_peft_model(
+        tree(family.before(model)), veneer.LoraConfig(**{"r": 2, "lora_alpha": 6, **fields})
+    )
     tiny.shake(adapted).save_pretrained(folder)
     return folder

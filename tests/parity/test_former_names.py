@@ -59,12 +59,18 @@ CASES: list[tuple[str, str, dict[str, Any], float | str]] = [
     ("llava", "names", {"target_modules": ["q_proj"]}, EQUAL),
     ("llava", "regex", {"target_modules": VISION, "modules_to_save": ["language_model.lm_head"]}, "not found in the"),
     ("llava", "paths", {"target_modules": ["language_model.model.layers.0.mlp.up_proj", "linear_1"]}, 1e-3),
-    ("llava", "tokens", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}}, "KeyError"),
+    (
+        "llava",
+        "tokens",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
+        "KeyError",
+    ),
     ("qwen-vl", "regex", {"target_modules": r"^model\.layers.*down_proj$"}, "not found in the base model"),
     ("qwen-vl", "saved", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "KeyError"),
 ]
 case = pytest.mark.parametrize(
-    ("family", "fields", "in_peft"), [pytest.param(f, fields, peft, id=f"{f}-{name}") for f, name, fields, peft in CASES]
+    ("family", "fields", "in_peft"),
+    [pytest.param(f, fields, peft, id=f"{f}-{name}") for f, name, fields, peft in CASES],
 )
 # What these models have under a name that PEFT takes for the experts' alone, also in a file that has today's names.
 PEFT_LOSES = ("deepseek",)

@@ -220,9 +220,7 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
     return split(_checked_tensors(model, folder, resolution, header, halves), halves, stack_sizes(resolution))
 
 
-def read_other(
-    model: nn.Module, folder: Path, config: LoraConfig
-) -> tuple[LoraConfig, Resolution, dict[str, Tensor]]:
+def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[LoraConfig, Resolution, dict[str, Tensor]]:
     """The adapter in a folder: its config and what that means for this model, and its values, fully checked.
 
     Attaches nothing. Raises TargetError or AdapterFileError.

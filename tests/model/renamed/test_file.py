@@ -83,7 +83,9 @@ def test_dropout_goes_where_an_adapter_reads_no_input(base, tmp_path):
     with pytest.warns(VeneerWarning, match=r"lora_dropout: 0.25 → 0"):
         model = read(base, folder, is_trainable=True)
     assert model.peft_config["default"].lora_dropout == 0
-    other = former_models.old_file(former_models.llava(), LLAVA, tmp_path / "b", target_modules=["q_proj"], lora_dropout=0.25)
+    other = former_models.old_file(
+        former_models.llava(), LLAVA, tmp_path / "b", target_modules=["q_proj"], lora_dropout=0.25
+    )
     assert read(former_models.llava(), other).peft_config["default"].lora_dropout == 0.25
 
 
@@ -177,14 +179,17 @@ def test_half_of_the_names_lead_nowhere(base, folder):
 def test_names_that_nobody_knows_are_an_ordinary_mistake(base, folder):
     edit_weights(folder, lambda key: key.replace("block_sparse_moe", "moe") if "q_proj" not in key else key)
     edit_weights(folder, lambda key: key.replace(".experts.", ".parts."))
-    with pytest.raises(AdapterFileError, match="does not fit this model and adapter_config.json"):
-        with pytest.warns(VeneerWarning, match="w1"):
-            read(base, folder)
+    wrong = pytest.raises(AdapterFileError, match="does not fit this model and adapter_config.json")
+    with pytest.warns(VeneerWarning, match="w1"), wrong:
+        read(base, folder)
 
 
 @pytest.mark.parametrize(
     ("gone", "text"),
-    [("0.w1.lora_B", "is missing, its part of model.layers.0.mlp.experts.gate_up_proj needs"), ("2.w2.lora_A", "missing")],
+    [
+        ("0.w1.lora_B", "is missing, its part of model.layers.0.mlp.experts.gate_up_proj needs"),
+        ("2.w2.lora_A", "missing"),
+    ],
 )
 def test_a_factor_is_missing(base, folder, gone, text):
     edit_weights(folder, lambda key: "" if f"layers.0.block_sparse_moe.experts.{gone}" in key else key)
@@ -212,7 +217,7 @@ def test_a_start_that_cannot_be_made_again(base, tmp_path):
     fields = {"target_modules": ["w2"], "init_lora_weights": "pissa"}
     tree = veneer.get_peft_model(former_models.tree(MIXTRAL.before(base)), veneer.LoraConfig(r=2, **fields))
     tree.save_pretrained(tmp_path, convert_mutated_init=False)
-    with pytest.raises(AdapterFileError, match="init_lora_weights='pissa' starts from weights which are parts of others"):
+    with pytest.raises(AdapterFileError, match="'pissa' starts from weights which are parts of others"):
         read(base, tmp_path)
 
 
@@ -230,7 +235,7 @@ def test_values_that_are_rearranged_are_refused(base, folder, monkeypatch):
     known = conversion_mapping.get_checkpoint_conversion_mapping
     more = lambda name: [*rules, *known(name)] if name == "mixtral" else known(name)  # noqa: E731
     monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", more)
-    with pytest.raises(AdapterFileError, match=r"experts.down_proj: transformers rearranges its values now \(Transpose"):
+    with pytest.raises(AdapterFileError, match=r"transformers rearranges its values now \(Transpose"):
         read(base, folder)
 
 
@@ -247,7 +252,7 @@ def test_nothing_changes_when_it_fails(base, folder):
 def test_inspect_shows_what_the_file_says(folder):
     shown = CliRunner().invoke(app, ["inspect", str(folder)])
     assert shown.exit_code == 0, shown.output
-    assert "w1" in shown.output and "q_proj" in shown.output
+    assert all(name in shown.output for name in ("w1", "q_proj"))
 
 
 @OLDER

@@ -80,7 +80,10 @@ def test_the_scale_stays(rslora):
     ("fields", "parameters"),
     [
         ({"target_modules": ["w2"], "layers_to_transform": 1}, ["1.mlp.experts.down_proj"]),
-        ({"target_modules": ["w2"], "layers_to_transform": [0], "layers_pattern": "layers"}, ["0.mlp.experts.down_proj"]),
+        (
+            {"target_modules": ["w2"], "layers_to_transform": [0], "layers_pattern": "layers"},
+            ["0.mlp.experts.down_proj"],
+        ),
         ({"target_modules": ["w2"], "exclude_modules": r".*\.0\.block_sparse_moe.*"}, ["1.mlp.experts.down_proj"]),
         ({"target_modules": r".*block_sparse_moe.*(w1|w2|w3)"}, BOTH),
         ({"target_modules": r"model\.layers\.0\..*w2"}, ["0.mlp.experts.down_proj"]),

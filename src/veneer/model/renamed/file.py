@@ -16,6 +16,7 @@ from veneer.errors import AdapterFileError, bullet_list, shortened
 from veneer.functional.lowrank import scaling
 from veneer.layers.kinds import kind_of
 from veneer.model.renamed.former_names import FormerNames, Place, former_names, place_of
+from veneer.model.renamed.names import Known, plain_name, probed, shown, split
 from veneer.model.renamed.pieces import FACTOR_A, FACTOR_B, MAGNITUDE, Joined, Piece, lacking, whole_weight
 from veneer.model.renamed.settings import RankAndAlpha, renamed_config, renamed_modules
 from veneer.model.start import takes_off_its_start
@@ -25,8 +26,6 @@ from veneer.targets.names import named
 from veneer.targets.parameters import kind_of_parameter, parameter_sites
 from veneer.targets.structure import Structure, structure_of
 
-# Where in a name what PEFT added begins; before it stands the path of a module.
-_MARKS = (".lora_", ".base_layer", ".token_adapter.", ".modules_to_save.", ".original_module.")
 _Recipe = Callable[[Mapping[str, Tensor]], Tensor]
 
 
@@ -49,7 +48,7 @@ class RenamedFile:
 
     def values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors with today's names, from those of the file."""
-        plain = {_plain(key): value for key, value in tensors.items()}
+        plain = {plain_name(key): value for key, value in tensors.items()}
         return {key: recipe(plain) for key, recipe in self.recipes.items()}
 
     def notice(self, source: object, model_name: str) -> str:
@@ -69,22 +68,23 @@ def read_renamed(model: nn.Module, source: Path, config: LoraConfig, header: Hea
 
     Raises AdapterFileError if some of its names are and others are not, or if the values cannot follow.
     """
-    plain = {_plain(key): info for key, info in header.tensors.items()}
+    plain = {plain_name(key): info for key, info in header.tensors.items()}
     structure = structure_of(model)
-    known = _Known(structure, model)
+    known = Known(structure, model)
     read = any(_is_read(structure, config, key) for key in plain)
     if config.layer_replication or (all(map(known.has, plain)) and not read):
         return None
     names = former_names(model)
-    places = {key: _place(names, known, key) for key in sorted(plain)} if names else {}
-    if not places or not (read or any(place and place.name != _probed(key) for key, place in places.items())):
+    found = {name: _place(names, known, name) for name in sorted({probed(key) for key in plain})} if names else {}
+    places = {key: found[probed(key)] for key in plain} if names else {}
+    if not places or not (read or any(place and place.name != probed(key) for key, place in places.items())):
         return None
     return _Reading(model, structure, source, config, header, plain, places, known).done()
 
 
 def _is_read(structure: Structure, config: LoraConfig, key: str) -> bool:
     """Whether a tensor is of an adapter on what was a layer once and is a module that reads its weight now."""
-    path, added = _split(key)
+    path, added = split(key)
     module = structure.modules.get(path)
     if module is None or not added.startswith(".lora_") or kind_of(module) is not None:
         return False
@@ -92,45 +92,11 @@ def _is_read(structure: Structure, config: LoraConfig, key: str) -> bool:
     return name in structure.parameters and not named(config.target_parameters or [], name)
 
 
-class _Known:
-    """What names a model has."""
-
-    def __init__(self, structure: Structure, model: nn.Module) -> None:
-        self.modules = structure.modules
-        self.values = model.state_dict().keys()
-
-    def has(self, key: str) -> bool:
-        """Whether the tensor of this name would be of something that the model has."""
-        path = _split(key)[0]
-        return path in self.modules or (path == key and key in self.values)
-
-    def has_place(self, place: Place) -> bool:
-        """Whether the model has what a place names."""
-        return place.name in self.values or place.name.removesuffix(".weight") in self.modules
-
-
-def _place(names: Iterable[FormerNames], known: _Known, key: str) -> Place | None:
-    probed = _probed(key)
-    place = place_of(list(names), probed)
+def _place(names: Iterable[FormerNames], known: Known, name: str) -> Place | None:
+    place = place_of(names, name)
     if place is not None and known.has_place(place):
         return place
-    return Place(probed) if known.has(key) else None
-
-
-def _plain(key: str) -> str:
-    return key.removeprefix(keys.PREFIX)
-
-
-def _split(key: str) -> tuple[str, str]:
-    """(path of a module, what PEFT added), or (full name of a value, nothing)."""
-    cut = min((place for mark in _MARKS if (place := key.find(mark)) >= 0), default=len(key))
-    return key[:cut], key[cut:]
-
-
-def _probed(key: str) -> str:
-    """The name of the weight whose place tells where the tensor belongs."""
-    path, added = _split(key)
-    return f"{path}.weight" if added else path
+    return Place(name) if known.has_place(Place(name)) else None
 
 
 class _Reading:
@@ -145,16 +111,14 @@ class _Reading:
         header: Header,
         plain: Mapping[str, TensorInfo],
         places: Mapping[str, Place | None],
-        known: _Known,
+        known: Known,
     ) -> None:
         self.model, self.structure, self.source, self.config = model, structure, source, config
         self.header, self.plain, self.known = header, plain, known
         self._refuse_lost(places)
         self.places = {key: place for key, place in places.items() if place is not None}
         self.became = {
-            _shown(_probed(key)): _shown(place.name)
-            for key, place in self.places.items()
-            if place.name != _probed(key)
+            shown(probed(key)): shown(place.name) for key, place in self.places.items() if place.name != probed(key)
         }
         self.tensors: dict[str, TensorInfo] = {}
         self.recipes: dict[str, _Recipe] = {}
@@ -183,20 +147,18 @@ class _Reading:
         self._join(joined, config, list(parameters))
         self._gather_whole()
         header = Header(self.tensors, self.header.metadata, self.header.data_start)
-        return RenamedFile(
-            config, header, self.recipes, self.became, self.config.lora_dropout - config.lora_dropout
-        )
+        return RenamedFile(config, header, self.recipes, self.became, self.config.lora_dropout - config.lora_dropout)
 
     def _refuse_lost(self, places: Mapping[str, Place | None]) -> None:
         """Raise AdapterFileError if a name leads nowhere, or to where values cannot follow."""
-        lost = list(dict.fromkeys(_shown(_split(key)[0]) for key, place in places.items() if place is None))
-        refused = {_shown(_probed(key)): place for key, place in places.items() if place is not None and place.refused}
+        lost = list(dict.fromkeys(shown(split(key)[0]) for key, place in places.items() if place is None))
+        refused = {shown(probed(key)): place for key, place in places.items() if place is not None and place.refused}
         if not lost and not refused:
             return
         moved = {
-            _shown(_probed(key)): _shown(place.name)
+            shown(probed(key)): shown(place.name)
             for key, place in places.items()
-            if place is not None and place.name != _probed(key) and not place.refused
+            if place is not None and place.name != probed(key) and not place.refused
         }
         lines = [
             *shortened([f"not in the model    {name}" for name in lost]),
@@ -215,17 +177,16 @@ class _Reading:
         """The layers and the parameters that are adapted, with rank and alpha, and those that several become."""
         layers: dict[str, RankAndAlpha] = {}
         parameters: dict[str, RankAndAlpha] = {}
-        pieces: dict[str, list[Piece]] = {}
+        pieces: dict[str, dict[str, Piece]] = {}
         for key, place in self.places.items():
-            path, added = _split(key)
+            path, added = split(key)
             if ".lora_" not in added:
                 continue
             rank, alpha = rank_and_alpha(self.config, path)
             owner = place.name.removesuffix(".weight")
             if not place.is_whole:
                 scale = scaling(alpha, rank, rslora=self.config.use_rslora)
-                if not any(piece.path == path for piece in pieces.setdefault(place.name, [])):
-                    pieces[place.name].append(Piece(path, place, rank, alpha, scale))
+                pieces.setdefault(place.name, {})[path] = Piece(path, place, rank, alpha, scale)
                 if added not in (FACTOR_A, FACTOR_B, MAGNITUDE):
                     raise AdapterFileError(
                         f"{self.source}: {key} belongs to a weight that is a part of {place.name} now, which has no "
@@ -235,10 +196,11 @@ class _Reading:
                 layers[owner] = rank, alpha
             elif place.name in self.structure.parameters:
                 parameters[place.name] = rank, alpha
-                self.became[_shown(_probed(key))] = f"{_shown(place.name)}.weight"
+                self.became[shown(probed(key))] = f"{shown(place.name)}.weight"
             else:
                 parameters |= self._named_parameters(path, owner)
-        joined = {name: self._joined(name, those) for name, those in pieces.items()}
+        shapes = {key: info.shape for key, info in self.plain.items()}
+        joined = {name: self._joined(name, list(those.values()), shapes) for name, those in pieces.items()}
         for name, one in joined.items():
             owner = name.removesuffix(".weight")
             is_layer = name != owner and kind_of(self.structure.modules[owner]) is not None
@@ -256,13 +218,13 @@ class _Reading:
                 found[name] = rank_and_alpha(self.config, former)
         return found
 
-    def _joined(self, name: str, pieces: list[Piece]) -> Joined:
+    def _joined(self, name: str, pieces: list[Piece], shapes: Mapping[str, tuple[int, ...]]) -> Joined:
         owner, _, own = name.rpartition(".")
         stack = kind_of_parameter(self.structure.modules[owner], own).stack
         assert stack is not None
         pieces.sort(key=lambda piece: (piece.place.part, piece.place.matrix or 0))
         one = Joined(tuple(pieces), stack, self.config.use_rslora)
-        problems = one.problems({key: info.shape for key, info in self.plain.items()}, dora=self.config.use_dora)
+        problems = one.problems(shapes, dora=self.config.use_dora)
         if stack.transposed or stack.out_features % one.parts:
             problems = [f"{name} keeps its matrices in another form than transformers says"]
         if problems:
@@ -275,7 +237,7 @@ class _Reading:
         """{former path: path now} of every module above a tensor whose place is known."""
         moved: dict[str, str] = {}
         for key, place in self.places.items():
-            former, now = _probed(key).split("."), place.name.split(".")
+            former, now = probed(key).split("."), place.name.split(".")
             while former and now and former[-1] == now[-1]:
                 former, now = former[:-1], now[:-1]
                 moved[".".join(former)] = ".".join(now)
@@ -291,7 +253,7 @@ class _Reading:
         """The tensors of which only the name is another."""
         for key, place in self.places.items():
             if place.is_whole:
-                added = _split(key)[1]
+                added = split(key)[1]
                 new = f"{keys.PREFIX}{place.name.removesuffix('.weight')}{added}" if added else keys.PREFIX + place.name
                 self._add(new, self.plain[key].shape, key, itemgetter(key))
 
@@ -301,7 +263,7 @@ class _Reading:
         for name, one in joined.items():
             path = paths.get(name.removesuffix(".weight"), paths.get(name, name.removesuffix(".weight")))
             E, O, I = one.stack.matrices, one.stack.out_features, one.stack.in_features  # noqa: E741
-            shapes = {FACTOR_A: (E * one.rank, I), FACTOR_B: (O, one.rank * E)}
+            shapes: dict[str, tuple[int, ...]] = {FACTOR_A: (E * one.rank, I), FACTOR_B: (O, one.rank * E)}
             if self.config.use_dora:
                 shapes[MAGNITUDE] = (E * O,)
             made = _once(one)
@@ -313,7 +275,7 @@ class _Reading:
         """The weights of modules trained in full that lie in one parameter now."""
         gathered: dict[str, dict[str, Place]] = {}
         for key, place in self.places.items():
-            if not place.is_whole and not _split(key)[1]:
+            if not place.is_whole and not split(key)[1]:
                 gathered.setdefault(place.name, {})[key] = place
         for name, sources in gathered.items():
             shape = tuple(self.model.get_parameter(name).shape)
@@ -351,9 +313,3 @@ def _gathered(sources: Mapping[str, Place], tensors: Mapping[str, Tensor]) -> Te
 
 def _first(names: Iterable[str]) -> str:
     return next(iter(names))
-
-
-def _shown(name: str) -> str:
-    """A name with a star for each number, so that those of one sort are shown once."""
-    parts = name.removesuffix(".weight").split(".")
-    return ".".join("*" if part.isdigit() else part for part in parts)

@@ -6,8 +6,8 @@ one of its models has loaded it.
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -87,29 +87,39 @@ class FormerNames:
     def layers(self) -> Iterator[tuple[str, Place]]:
         """(former path of a layer, where its weight is now), the oldest path of each first."""
         for name, weight in self._parameters.items():
-            places = [*self._gathered_in(name, len(weight)), (name, Place(name))]
-            for known, place in places:
-                for former in self._older(known.removeprefix(self.prefix)):
-                    if former.endswith(".weight") and former != name and self.place(former) == place:
-                        yield former.removesuffix(".weight"), place
+            for former in self._older(name):
+                if former != name and self.place(former) == Place(name):
+                    yield former.removesuffix(".weight"), Place(name)
+            for known, after in self._gathered_in(name):
+                for former in self._older(known):
+                    place = self.place(former)
+                    if place is None or place.name != name:
+                        continue
+                    yield former.removesuffix(".weight"), place
+                    start = former.removesuffix(f"0{after}")
+                    for matrix in range(1, len(weight) if place.matrix is not None else 1):
+                        yield f"{start}{matrix}{after}".removesuffix(".weight"), replace(place, matrix=matrix)
 
-    def _gathered_in(self, name: str, matrices: int) -> Iterator[tuple[str, Place]]:
+    def _gathered_in(self, name: str) -> Iterator[tuple[str, str]]:
+        """(former name of a weight that lies in a parameter, or of the first of a stack; what follows its number)."""
         for converter in self._converters:
             target = converter.target_patterns[0]
-            if not name.endswith(target):
-                continue
-            for pattern in converter.source_patterns:
-                tail = pattern.replace("\\.", ".")
-                for number in range(matrices) if "*" in tail else ("",):
-                    former = name.removesuffix(target) + tail.replace("*", str(number))
-                    if (place := self.place(former)) is not None and place.name == name:
-                        yield former, place
+            for pattern in converter.source_patterns if name.endswith(target) else ():
+                before, _, after = pattern.replace("\\.", ".").partition("*")
+                number = "0" if after else ""
+                yield f"{name.removesuffix(target)}{before}{number}{after}", after
 
-    def _older(self, plain: str) -> Iterator[str]:
-        """A name as it was before all renamings, before each of them alone, and as it is."""
-        names = [self._rename(plain, self._back, [])[0], *(self._rename(plain, [one], [])[0] for one in self._back), plain]
-        for name in dict.fromkeys(names):
-            yield f"{self.prefix}{name}"
+    def _older(self, name: str) -> Iterator[str]:
+        """The name of a weight before all renamings, before each of them alone, and as it is, if layers have such."""
+        plain = name.removeprefix(self.prefix)
+        names = [
+            self._rename(plain, self._back, [])[0],
+            *(self._rename(plain, [one], [])[0] for one in self._back),
+            plain,
+        ]
+        for one in dict.fromkeys(names):
+            if one.endswith(".weight"):
+                yield f"{self.prefix}{one}"
 
 
 def former_names(model: nn.Module) -> list[FormerNames]:
@@ -128,7 +138,7 @@ def former_names(model: nn.Module) -> list[FormerNames]:
     return [FormerNames(model.get_submodule(prefix[:-1]), prefix, table, rules) for prefix in outermost]
 
 
-def place_of(names: Sequence[FormerNames], former: str) -> Place | None:
+def place_of(names: Iterable[FormerNames], former: str) -> Place | None:
     """Where the weight that once had this full name is now; None if no one knows."""
     return next((place for one in names if (place := one.place(former)) is not None), None)
 

@@ -86,10 +86,13 @@ class Joined:
         """What in the shapes of a file's tensors does not fit, by the names after `base_model.model.`."""
         rows, found = self._rows, []
         for piece in self.pieces:
-            needed = {FACTOR_A: (piece.rank, self.stack.in_features), FACTOR_B: (rows, piece.rank)}
+            needed: dict[str, tuple[int, ...]] = {
+                FACTOR_A: (piece.rank, self.stack.in_features),
+                FACTOR_B: (rows, piece.rank),
+            }
             if dora:
                 needed[MAGNITUDE] = (rows,)
-            for suffix, shape in needed.items():
+            for suffix, shape in needed:
                 given = shapes.get(piece.path + suffix)
                 if given != shape:
                     has = "is missing" if given is None else f"has {list(given)}"
@@ -104,14 +107,14 @@ class Joined:
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A of shape (E·R, I), B of shape (O, R·E), and the magnitudes (E·O) if there are any, by their suffixes."""
-        E, R, rows = self.stack.matrices, self.rank, self._rows
+        E, R, rows, widths = self.stack.matrices, self.rank, self._rows, self.widths
         some = tensors[self.pieces[0].path + FACTOR_A]
         A_ERI = some.new_zeros(E, R, self.stack.in_features)
         B_EOR = some.new_zeros(E, self.stack.out_features, R)
         m_EO = some.new_zeros(E, self.stack.out_features)
         for piece in self.pieces:
             e, part = piece.place.matrix or 0, piece.place.part
-            first = sum(self.widths[:part])
+            first = sum(widths[:part])
             columns, own = slice(first, first + piece.rank), slice(part * rows, (part + 1) * rows)
             B = tensors[piece.path + FACTOR_B]
             A_ERI[e, columns] = tensors[piece.path + FACTOR_A].to(some.dtype)

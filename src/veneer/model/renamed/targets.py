@@ -61,8 +61,8 @@ def with_names_of_today(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if parameters and config.lora_dropout:
         raise TargetError(
             f"target_modules={config.target_modules!r}: some of these are parameters now ({next(iter(parameters))}), "
-            f"of which no input can be dropped: set lora_dropout=0 (it is {config.lora_dropout:g}), or leave them out by "
-            "names with more parts (shared_expert.down_proj, say)."
+            f"of which no input can be dropped: set lora_dropout=0 (it is {config.lora_dropout:g}), or leave them out "
+            "by names with more parts (shared_expert.down_proj, say)."
         )
     new = renamed_config(model, structure, config, layers, parameters)
     warnings.warn(_notice(structure, config, new, became), VeneerWarning, stacklevel=5)
