@@ -19,6 +19,7 @@ from former_models import LLAVA, MIXTRAL, QWEN
 from veneer.cli import app
 from veneer.errors import AdapterFileError, AttachError, VeneerWarning
 from veneer.integrations.transformers import load_adapter
+from veneer.model.from_state import load_adapter_state
 from veneer.model.state_dict import load_peft_weights
 
 EXPERTS = {"target_modules": ["q_proj", "w1", "w2", "w3"]}
@@ -128,9 +129,11 @@ def test_values_in_memory_find_their_places(base, folder):
 
 @OLDER
 def test_in_place(base, folder):
-    expected, model = run(read(base, folder)), copy.deepcopy(base)
+    expected, model, other = run(read(base, folder)), copy.deepcopy(base), copy.deepcopy(base)
     load_adapter(model, folder)
     assert torch.equal(run(model), expected)
+    load_adapter_state(other, "default", veneer.LoraConfig.from_pretrained(folder), load_peft_weights(folder))
+    assert torch.equal(run(other), expected)
 
 
 @OLDER

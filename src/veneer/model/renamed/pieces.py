@@ -92,7 +92,7 @@ class Joined:
             }
             if dora:
                 needed[MAGNITUDE] = (rows,)
-            for suffix, shape in needed:
+            for suffix, shape in needed.items():
                 given = shapes.get(piece.path + suffix)
                 if given != shape:
                     has = "is missing" if given is None else f"has {list(given)}"
