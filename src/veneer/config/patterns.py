@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -32,11 +32,13 @@ def ends_of(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
 
-def first_match(keys: Iterable[str], path: str) -> str | None:
+def first_match(keys: Collection[str], path: str) -> str | None:
     """The first of the pattern keys that matches the end of a path, as `matches_end` says; None if none does.
 
     Keys that are names are looked up, so that a model may have one for each of its layers.
     """
+    if not keys:
+        return None
     table = _table(tuple(keys))
     best = table.name_of(path)
     for place, key in table.expressions:

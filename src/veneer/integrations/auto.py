@@ -10,6 +10,7 @@ from veneer.config import LoraConfig, TaskType
 from veneer.errors import ArgumentError, ConfigError, VeneerWarning
 from veneer.model.facade import PeftModel, task_class
 from veneer.model.overlay import overlay_needed
+from veneer.model.renamed.file import read_renamed
 from veneer.storage import keys
 from veneer.storage.adapter_file import CONFIG_FILE, read_config, read_tensors, read_weights_header
 from veneer.storage.hub import HUB_OPTIONS, adapter_folder, holds
@@ -193,18 +194,23 @@ def _make_room(base: Any, tokens: int, folder: Path, config: LoraConfig) -> None
         return
     base.resize_token_embeddings(tokens)
     header, filled, random = read_weights_header(folder), [], []
+    renamed = read_renamed(base, folder, config, header)
+    if renamed is not None:
+        config = renamed.config
+    there = header.tensors if renamed is None else renamed.header.tensors
     for path in embeddings(base):
         weight = base.get_submodule(path).weight
         names = (keys.saved(path, "weight"), keys.base_weight(path))
-        key = next((name for name in names if name in header.tensors), None)
+        key = next((name for name in names if name in there), None)
         if named(config.modules_to_save or [], path) or any(weight is other for other in filled):
             continue
         filled.append(weight)
         if key is None:
             random.append(path)
-        elif header.tensors[key].shape == tuple(weight.shape):
+        elif there[key].shape == tuple(weight.shape):
+            given = read_tensors(folder, [key] if renamed is None else header.tensors)
             with torch.no_grad():
-                weight.copy_(read_tensors(folder, [key])[key])
+                weight.copy_((given if renamed is None else renamed.values(given))[key])
     if random and not config.trainable_token_indices:
         warnings.warn(
             f"The tokenizer beside the adapter has {tokens} tokens, the base {rows}: {', '.join(random)} got "

@@ -28,6 +28,7 @@ from veneer.model.overlay import (
     take_down,
 )
 from veneer.model.plan import Plan, plan
+from veneer.model.renamed.targets import with_names_of_today
 from veneer.model.statistics import forget_statistics, kept_statistics
 from veneer.model.tensors import copy_tensors
 from veneer.model.waiting import stop_waiting, wait_for_data
@@ -65,7 +66,8 @@ def add_adapter(
 
     Raises what `plan` raises, and then nothing has changed.
     """
-    carry_out(model, plan(model, name, config), float32=float32, generator=generator)
+    todo = plan(model, name, with_names_of_today(model, config))
+    carry_out(model, todo, float32=float32, generator=generator)
 
 
 @one_at_a_time

@@ -16,11 +16,13 @@ from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, ConfigError, VeneerWarning, bullet_list, check_kind, shortened
 from veneer.layers.replication import replicated
 from veneer.layers.saved_module import original_state
+from veneer.layers.swap import base_class
 from veneer.model.apply import carry_out, one_at_a_time
 from veneer.model.card import base_of, write_card
 from veneer.model.make import saved_dtypes
 from veneer.model.overlay import adapters_by_site, overlay_needed
 from veneer.model.plan import plan
+from veneer.model.renamed.file import RenamedFile, read_renamed
 from veneer.model.start import (
     START,
     check_start_can_be_redone,
@@ -192,10 +194,12 @@ def load_adapter(
     header = read_weights_header(folder)
     _check_config_belongs(folder, config, header)
     _check_rank(folder, config, header)
-    config = _saved_as_in_peft(model, config, header)
+    renamed = _read_renamed(model, folder, config, header)
+    config = renamed.config if renamed else config
+    config = _saved_as_in_peft(model, config, renamed.header if renamed else header)
     todo = plan(model, name, config, strict=False)
     with replicated(model, todo.config.layer_replication):
-        tensors = _checked_tensors(model, folder, todo.resolution, header)
+        tensors = _checked_tensors(model, folder, todo.resolution, header, renamed=renamed)
         check_range(folder, tensors, saved_dtypes(model, todo.resolution, float32=float32))
     carry_out(model, todo, tensors=tensors, float32=float32)
     return todo.config
@@ -216,28 +220,50 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
     return split(_checked_tensors(model, folder, resolution, header, halves), halves, stack_sizes(resolution))
 
 
-def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[Resolution, dict[str, Tensor]]:
-    """What the adapter in a folder means for this model, and its values, fully checked; attaches nothing.
+def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[LoraConfig, Resolution, dict[str, Tensor]]:
+    """The adapter in a folder: its config and what that means for this model, and its values, fully checked.
 
-    Raises TargetError or AdapterFileError.
+    Attaches nothing. Raises TargetError or AdapterFileError.
     """
     header = read_weights_header(folder)
     _check_config_belongs(folder, config, header)
     _check_rank(folder, config, header)
-    resolution = resolve(model, _saved_as_in_peft(model, config, header), strict=False)
-    return resolution, _checked_tensors(model, folder, resolution, header)
+    renamed = _read_renamed(model, folder, config, header)
+    config = renamed.config if renamed else config
+    config = _saved_as_in_peft(model, config, renamed.header if renamed else header)
+    resolution = resolve(model, config, strict=False)
+    return config, resolution, _checked_tensors(model, folder, resolution, header, renamed=renamed)
+
+
+def _read_renamed(model: nn.Module, folder: Path, config: LoraConfig, header: Header) -> RenamedFile | None:
+    """The file with today's names if it was made for an older version of the model, with a warning; else None."""
+    renamed = read_renamed(model, folder, config, header)
+    if renamed is not None:
+        warnings.warn(renamed.notice(folder, base_class(model).__name__), VeneerWarning, stacklevel=5)
+    return renamed
 
 
 def _checked_tensors(
-    model: nn.Module, folder: Path, resolution: Resolution, header: Header, halves: Set[str] = frozenset()
+    model: nn.Module,
+    folder: Path,
+    resolution: Resolution,
+    header: Header,
+    halves: Set[str] = frozenset(),
+    *,
+    renamed: RenamedFile | None = None,
 ) -> dict[str, Tensor]:
-    """The values of a file that fits; those in `halves` hold a factor and its start."""
+    """The values of a file that fits; those in `halves` hold a factor and its start.
+
+    renamed  the same file with today's names, if it has others
+    """
+    names = header if renamed is None else renamed.header
     expected = joined_shapes(expected_tensors(model, resolution), halves)
-    repeated = repeated_keys(model, resolution, header.tensors)
+    repeated = repeated_keys(model, resolution, names.tensors)
     repeated = {key: base for key, base in repeated.items() if key not in expected}
-    check_header(folder, header, expected, repeated)
+    check_header(folder, names, expected, repeated)
     tensors = read_tensors(folder, header.tensors)
     check_integrity(folder, header, tensors)
+    tensors = tensors if renamed is None else renamed.values(tensors)
     check_repeats_base(model, str(Path(folder) / WEIGHTS_FILE), tensors, repeated, replaced_rows(resolution))
     _check_tied(folder, tensors, resolution)
     return {key: tensors[key] for key in expected}

@@ -10,8 +10,9 @@ from veneer.layers.replication import replicated
 from veneer.model.apply import carry_out, one_at_a_time
 from veneer.model.make import saved_dtypes
 from veneer.model.plan import plan
+from veneer.model.renamed.state import adapter_of_today
 from veneer.model.start import check_start_can_be_redone, takes_off_its_start
-from veneer.model.state_dict import checked_values
+from veneer.model.state_dict import checked_values, with_prefix
 from veneer.model.tensors import check_range
 
 
@@ -34,6 +35,7 @@ def load_adapter_state(
     config = config.changed(inference_mode=not trainable)
     if takes_off_its_start(config):
         check_start_can_be_redone(config, f"Adapter {name!r} cannot be loaded")
+    config, state = adapter_of_today(model, config, with_prefix(state))
     todo = plan(model, name, config, strict=False)
     with replicated(model, todo.config.layer_replication):
         tensors = checked_values(model, todo.resolution, state, "the config given with it")

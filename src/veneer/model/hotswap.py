@@ -21,8 +21,9 @@ from veneer.layers.weights import read
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
 from veneer.model.overlay import Overlay, adapted_part, adapters_by_site, overlay_needed
+from veneer.model.renamed.state import adapter_of_today
 from veneer.model.start import takes_off_its_start
-from veneer.model.state_dict import check_state, checked_values
+from veneer.model.state_dict import check_state, checked_values, with_prefix
 from veneer.model.tensors import adapter_tensors, check_range, site_keys
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
@@ -59,7 +60,7 @@ def hotswap_adapter(
     part = adapted_part(model)
     _check_unmerged(part, adapter_name)
     config = LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
-    resolution, tensors = read_other(part, folder, config)
+    config, resolution, tensors = read_other(part, folder, config)
     _swap(part, adapter_name, config, resolution, tensors)
 
 
@@ -82,6 +83,7 @@ def hotswap_adapter_from_state_dict(
     check_state(state_dict)
     named = re.compile(rf"(\.lora_[A-Za-z_]+)\.{re.escape(adapter_name)}((?:\.weight|\.bias)?)$")
     plain = {named.sub(r"\1\2", key): value for key, value in state_dict.items()}
+    config, plain = adapter_of_today(part, config, with_prefix(plain))
     resolution = resolve(part, config, strict=False)
     tensors = checked_values(part, resolution, plain, "the config given with it")
     _swap(part, adapter_name, config, resolution, tensors)

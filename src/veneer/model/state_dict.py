@@ -18,6 +18,7 @@ from veneer.model.files import check_repeats_base
 from veneer.model.merge import base_in_place
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapted_part, overlay_needed, overlay_of
+from veneer.model.renamed.state import with_todays_names
 from veneer.model.start import START
 from veneer.model.tensors import (
     adapter_tensors,
@@ -118,6 +119,7 @@ def set_peft_model_state_dict(
     if adapter_name in overlay.route.merged:
         raise MergeError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before giving it other values.")
     given = with_prefix(peft_model_state_dict)
+    given = with_todays_names(part, overlay.configs[adapter_name], overlay.resolutions[adapter_name], given)
     fits = _Fit(part, overlay.resolutions[adapter_name], given)
     fits.check(f"adapter {adapter_name!r}", strict=strict, ignore_sizes=ignore_mismatched_sizes)
     check_repeats_base(part, "The state dict", given, fits.repeated)
