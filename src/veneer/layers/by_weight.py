@@ -7,7 +7,7 @@ so that one model may run in several at once.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from veneer.layers import swap
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import CHILD, Adapted, Adapters
 from veneer.layers.kinds import Layer
+from veneer.layers.merging import merged_values
 from veneer.layers.route import Route
 
 
@@ -67,6 +68,8 @@ class ByWeight(Adapted):
 
     def _effective(self) -> dict[str, Tensor]:
         """The adapted parameters' weights with the acting adapters in them, by name."""
+        if self._veneer_merged is not None:
+            return {}
         acting: dict[str, list[Adapter]] = {}
         for step in self._veneer_route.plan:
             if step.name not in self.adapters:
@@ -82,6 +85,18 @@ class ByWeight(Adapted):
         return {
             parameter: merged_weight(self._registered(parameter), adapters) for parameter, adapters in acting.items()
         }
+
+    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        found: dict[str, list[Adapter]] = {}
+        for name in names:
+            mine: Any = self.adapters[name]
+            for parameter, adapter in mine.items():
+                found.setdefault(parameter, []).append(adapter)
+        values: dict[str, Tensor] = {}
+        for parameter, adapters in found.items():
+            what = f"{parameter} of this {swap.base_class(self).__name__}"
+            values |= merged_values(self, parameter, adapters, what, originals.get(parameter))
+        return values
 
     def _registered(self, parameter: str) -> Tensor:
         weight = self._parameters.get(parameter)

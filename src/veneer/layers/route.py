@@ -148,6 +148,13 @@ class Route:
     standing the adapters whose biases or weights stand in the place of the base's just now
     invoked  the adapters that act from certain tokens on; the model's forward says where that is
     prompt   within a call of generate, or one with alora_offsets: where they start to act
+
+    What a layer needs to know of the whole model, since other libraries tell each layer what to do:
+
+    asked      the names that were chosen, some of which may be of adapters of another model (a pipeline has several)
+    trainable  {adapter: whether it may get gradients}, of all adapters on the model
+    replacing  the adapters that have biases or weights to stand in the place of the base's, now or at other times
+    merged_on  {adapter: the number of layers that have it in their weights by themselves}
     """
 
     def __init__(self) -> None:
@@ -159,18 +166,39 @@ class Route:
         self.standing: tuple[str, ...] = ()
         self.invoked: frozenset[str] = frozenset()
         self.prompt: Prompt | None = None
+        self.asked: tuple[str, ...] = ()
+        self.trainable: dict[str, bool] = {}
+        self.replacing: frozenset[str] = frozenset()
+        self.merged_on: dict[str, int] = {}
+
+    @property
+    def in_weights(self) -> tuple[str, ...]:
+        """The adapters that are part of weights just now: of all layers', or of some layers' by themselves."""
+        return tuple(dict.fromkeys((*self.merged, *self.merged_on)))
+
+    def count_merged(self, names: Sequence[str], more: int) -> None:
+        """Note that one more layer has these adapters in its weights by itself, or one less (`more` of -1)."""
+        for name in names:
+            self.merged_on[name] = self.merged_on.get(name, 0) + more
+            if not self.merged_on[name]:
+                del self.merged_on[name]
 
     def set(
         self,
         *,
         active: tuple[str, ...] | None = None,
+        asked: tuple[str, ...] | None = None,
         enabled: bool | None = None,
         merged: tuple[str, ...] | None = None,
         invoked: frozenset[str] | None = None,
     ) -> None:
-        """Change what is chosen, enabled, merged or invoked; what layers read follows."""
+        """Change what is chosen, enabled, merged or invoked; what layers read follows.
+
+        asked  what was asked for, if that is more than `active`
+        """
         self.invoked = self.invoked if invoked is None else invoked
-        self.active = self.active if active is None else active
+        if active is not None:
+            self.active, self.asked = active, active if asked is None else asked
         self.enabled = self.enabled if enabled is None else enabled
         self.merged = self.merged if merged is None else merged
         self.acting = (self.merged or self.active) if self.enabled else ()

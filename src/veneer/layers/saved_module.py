@@ -14,7 +14,10 @@ from veneer.errors import AttachError
 from veneer.layers import swap
 from veneer.layers.attach import Adapted
 from veneer.layers.kinds import Layer
+from veneer.layers.offered import offered
+from veneer.layers.peft_names import RouteNames
 from veneer.layers.route import Route, Step
+from veneer.layers.twin import bare_twin
 
 CHILD = "modules_to_save"
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -24,11 +27,12 @@ class Copies(nn.ModuleDict):
     """One full copy of a module for each adapter that trains it, by adapter name."""
 
 
-class Saved(swap.Front):
+class Saved(RouteNames, swap.Front):
     """Placed in front of a module's class: its own forward, or that of the copy that acts."""
 
     word = "Saved"
     by_rows = True
+    _veneer_child = CHILD
     modules_to_save: Copies
     _veneer_route: Route
 
@@ -41,6 +45,11 @@ class Saved(swap.Front):
             if name in self.modules_to_save:
                 return self.modules_to_save[name](*args, **kwargs)
         return super().forward(*args, **kwargs)
+
+    @offered
+    def original_module(self: Any) -> nn.Module:
+        """The module itself without the copies, over the same parameters."""
+        return bare_twin(self, CHILD)
 
     def _by_parts(self, steps: list[Step], *args: Any, **kwargs: Any) -> Any:
         y = super().forward(*args, **kwargs)

@@ -11,6 +11,7 @@ from torch import nn
 
 from veneer.errors import AttachError
 from veneer.layers.kinds import Layer
+from veneer.layers.offered import kept_names
 from veneer.layers.route import Route
 
 
@@ -45,6 +46,7 @@ def made_class(front: type[Front], base: type[nn.Module]) -> type[nn.Module]:
         made = _MADE.get((front, base))
         if made is None:
             members = {"__module__": base.__module__, "__doc__": base.__doc__, "_veneer_front": front}
+            members |= kept_names(front, base)
             made = _MADE[front, base] = type(f"{front.word}{base.__name__}", (front, base), members)
         return made
 

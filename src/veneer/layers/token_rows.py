@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.errors import MergeError
 from veneer.layers import swap
 from veneer.layers.kinds import Layer, Number
+from veneer.layers.peft_names import WeightNames
 from veneer.layers.route import Route
+from veneer.layers.weights import read
 
 CHILD = "token_rows"
 
@@ -79,16 +82,19 @@ class RowsByAdapter(nn.ModuleDict):
         def __getitem__(self, key: str) -> TokenRows: ...
 
 
-class WithRows(swap.Front):
+class WithRows(WeightNames, swap.Front):
     """Placed in front of a module's class: its output, with the rows of each adapter that acts."""
 
     word = "Rows"
+    _veneer_child = CHILD
     token_rows: RowsByAdapter
     _veneer_route: Route
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output with the rows of the route's plan in it; of two rows for one token, the later's."""
         y = super().forward(*args, **kwargs)
+        if self._veneer_merged is not None:
+            return y
         x = args[0] if args else next(iter(kwargs.values()))
         for step in self._veneer_route.plan:
             if step.name not in self.token_rows:
@@ -99,6 +105,9 @@ class WithRows(swap.Front):
             else:
                 y = step.part.through(lambda x, y, rows=rows: self._replace(rows, x, y, in_place=False), x, y)
         return y
+
+    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        return {"weight": with_rows(self, [self.token_rows[name] for name in names], "this embedding")}
 
     def _replace(self, rows: TokenRows, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         raise NotImplementedError
@@ -124,6 +133,20 @@ class HeadWithRows(WithRows):
 
     def _replace(self, rows: TokenRows, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         return rows.projected(x, y, self, in_place=in_place)
+
+
+def with_rows(layer: Layer, adapters: Sequence[TokenRows], what: str) -> Tensor:
+    """The weight with the rows of adapters in it; `what` is what an error calls it. Raises MergeError."""
+    W = read(layer).detach()
+    with torch.no_grad():
+        for rows in adapters:
+            W = rows.merged(W)
+    if not W.isfinite().all():
+        raise MergeError(
+            f"Not merged: {what} ({W.dtype}) would hold NaN or infinity: a trained row is broken, or too large for the "
+            "dtype of the base."
+        )
+    return W
 
 
 def has_rows(module: nn.Module) -> bool:

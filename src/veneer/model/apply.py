@@ -162,21 +162,26 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     """Take an adapter off the model. With the last one nothing of Veneer is left on it, and the base is as it was."""
     overlay = overlay_needed(model)
     overlay.check_names([name])
-    if overlay.route.merged:
-        raise MergeError(f"Adapter {name!r} cannot be removed while {', '.join(overlay.route.merged)} is merged.")
+    if overlay.route.in_weights:
+        raise MergeError(f"Adapter {name!r} cannot be removed while {', '.join(overlay.route.in_weights)} is merged.")
+    forget_adapter(model, overlay, name)
+    if overlay.configs:
+        activate(model, tuple(other for other in overlay.route.active if other != name))
+
+
+def forget_adapter(model: nn.Module, overlay: Overlay, name: str) -> None:
+    """Take off what there is of an adapter, which may be less than there was; which others act stays to be said."""
     for stand_ins in (overlay.biases, overlay.bases):
         if name in stand_ins:
             stand_ins.pop(name).act(model, False, trainable=False)
-    _take_off(model, name, overlay.resolutions[name])
+    overlay.configs.pop(name, None)
+    overlay.trainable.pop(name, None)
+    _take_off(model, name, overlay.resolutions.pop(name))
     for site in overlay.idle.pop(name, ()):
         attach.detach(model.get_submodule(site.path), name)
-    for table in (overlay.configs, overlay.resolutions, overlay.trainable):
-        table.pop(name)
     follow_invocations(model, overlay)
-    stop_waiting(model, name)
-    if overlay.configs:
-        activate(model, tuple(other for other in overlay.route.active if other != name))
-    else:
+    stop_waiting(model, overlay, name)
+    if not overlay.configs:
         unprotect_checkpointing(model)
         take_down(model)
         if (stack := replication_of(model)) is not None:
@@ -246,6 +251,7 @@ def place_stand_ins(model: nn.Module, overlay: Overlay) -> None:
         for name, bases in overlay.bases.items():
             if (name in overlay.route.acting) == now:
                 bases.act(model, now, trainable=False)
+    overlay.route.replacing = frozenset((*overlay.biases, *overlay.bases))
     overlay.route.standing = tuple(name for name in (*overlay.biases, *overlay.bases) if name in overlay.route.acting)
 
 

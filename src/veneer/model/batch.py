@@ -82,8 +82,8 @@ def _checked(model: nn.Module, overlay: Overlay, adapter_names: Sequence[str], g
             f"adapter_names has {len(names)} names, but the batch has {batch.shape[0]} rows: give one for each row, "
             f"{BASE!r} for no adapter."
         )
-    if overlay.route.merged:
-        merged = ", ".join(map(repr, overlay.route.merged))
+    if overlay.route.in_weights:
+        merged = ", ".join(map(repr, overlay.route.in_weights))
         raise MergeError(f"{merged} is merged, so it would act on every row: call unmerge_adapter() first.")
     if not overlay.route.enabled:
         raise AttachError("The adapters are disabled, so adapter_names would have no effect: enable them first.")

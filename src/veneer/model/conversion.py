@@ -79,8 +79,8 @@ def _converted(model: nn.Module, rank: int | float, name: str, progressbar: bool
     problems = why_not_update(model, name)
     if problems:
         raise ConfigError(bullet_list("There is no plain LoRA that does the same:", problems))
-    if overlay.route.merged:
-        raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
+    if overlay.route.in_weights:
+        raise MergeError(f"Unmerge {', '.join(overlay.route.in_weights)} first: the weights are not the base's now.")
     check_sites(resolution.sites, rank)
     fits, tensors = [], _without_factors(model, name)
     with plain_base(model, overlay):

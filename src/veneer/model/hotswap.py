@@ -183,7 +183,7 @@ def _fill(value: Tensor, shape: Iterable[int]) -> Tensor:
 def _check_unmerged(part: nn.Module, name: str) -> None:
     overlay = overlay_needed(part)
     overlay.check_names([name])
-    if name in overlay.route.merged:
+    if name in overlay.route.in_weights:
         raise MergeError(f"Adapter {name!r} is merged: call unmerge_adapter() before swapping it.")
 
 

@@ -7,14 +7,14 @@ before the first one is put in place.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from veneer.errors import MergeError, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
+from veneer.layers.merging import merge_here, merged_values, put_back, unmerge_here
+from veneer.layers.peft_names import WeightNames
 from veneer.layers.replication import replication_of
-from veneer.layers.weights import is_offloaded, read, stored
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, as_names, overlay_needed, overlay_of, saved_modules
@@ -46,23 +46,27 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
 def unmerge(model: nn.Module) -> None:
     """Put the base weights back, bit for bit. Raises MergeError if nothing is merged."""
     overlay = overlay_needed(model)
-    if not overlay.route.merged:
+    if not overlay.route.in_weights:
         raise MergeError("Nothing is merged.")
+    for layer, _ in merged_by_themselves(model):
+        unmerge_here(layer)
     for (path, parameter), original in overlay.originals.items():
-        layer: Layer = model.get_submodule(path)
-        merged = stored(layer, parameter)
-        if (original.dtype, original.device) != (merged.dtype, merged.device):  # the model was moved or cast since
-            original.data = original.data.to(merged.device, merged.dtype)
-        layer._parameters[parameter] = original
+        put_back(model.get_submodule(path), parameter, original)
     overlay.originals.clear()
     overlay.route.set(merged=())
     place_stand_ins(model, overlay)
 
 
+def merged_by_themselves(model: nn.Module) -> list[tuple[Layer, tuple[str, ...]]]:
+    """(layer, adapters) of each layer that has adapters in its weights by itself, as by diffusers' `fuse_lora`."""
+    layers = (module for module in model.modules() if isinstance(module, WeightNames))
+    return [(layer, layer._veneer_merged.names) for layer in layers if layer._veneer_merged is not None]
+
+
 @one_at_a_time
 def disable(model: nn.Module) -> None:
     """Let the model be the base model: what is merged is taken out, and no adapter acts until it is enabled again."""
-    if overlay_needed(model).route.merged:
+    if overlay_needed(model).route.in_weights:
         unmerge(model)
     set_enabled(model, False)
 
@@ -77,7 +81,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
     if overlay is None:
         yield
         return
-    enabled, merged = overlay.route.enabled, overlay.route.merged
+    enabled, merged, apart = overlay.route.enabled, overlay.route.merged, merged_by_themselves(model)
     disable(model)
     try:
         yield
@@ -86,6 +90,15 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
             set_enabled(model, enabled)
             if merged and enabled and set(merged) <= overlay.configs.keys():
                 merge(model, merged)
+            _merge_again(overlay, apart if enabled else [])
+
+
+def _merge_again(overlay: Overlay, apart: list[tuple[Layer, tuple[str, ...]]]) -> None:
+    """Let layers have those adapters in their weights by themselves again that there still are."""
+    for layer, names in apart:
+        there: Any = layer._modules[layer._veneer_child] if isinstance(layer, WeightNames) else ()
+        if left := [name for name in names if name in overlay.configs and name in there]:
+            merge_here(layer, left)
 
 
 @one_at_a_time
@@ -96,9 +109,9 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     second model is held. Raises AdapterNameError, AttachError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
-    before = overlay.route.merged
+    before, apart = overlay.route.merged, merged_by_themselves(model)
     names = before if before and names is None else names
-    if before:
+    if before or apart:
         unmerge(model)
     try:
         names = _checked(model, overlay, names)
@@ -108,6 +121,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     except BaseException:
         if before:
             merge(model, before)
+        _merge_again(overlay, apart)
         raise
     overlay.route.set(active=names)
     place_stand_ins(model, overlay)
@@ -138,7 +152,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
 def remove_all(model: nn.Module) -> nn.Module:
     """Take every adapter off without merging; returns the same model, as it was before the first one, still frozen."""
     overlay = overlay_needed(model)
-    if overlay.route.merged:
+    if overlay.route.in_weights:
         unmerge(model)
     for name in list(overlay.configs):
         remove_adapter(model, name)
@@ -148,8 +162,8 @@ def remove_all(model: nn.Module) -> nn.Module:
 def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
     names = overlay.route.active if names is None else tuple(as_names(names))
     overlay.check_names(names)
-    if overlay.route.merged:
-        already = ", ".join(map(repr, overlay.route.merged))
+    if overlay.route.in_weights:
+        already = ", ".join(map(repr, overlay.route.in_weights))
         raise MergeError(f"{already} is merged already: call unmerge_adapter() first.")
     if not overlay.route.enabled:
         raise MergeError("The adapters are disabled: enable them before merging.")
@@ -197,30 +211,12 @@ def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple
         if site[0] in sources:
             continue
         path, parameter = site
-        layer: Layer = model.get_submodule(path)
-        if is_offloaded(layer, parameter):
-            raise MergeError(f"The weight of {path} is offloaded: load the model without offloading to merge.")
-        if (groups := adapters[0].kind.groups(layer)) > 1:
-            problems.append(
-                f"{path} has groups={groups}: each output sees the inputs of its group, with the adapter all of them, "
-                "which its weight cannot express"
-            )
+        try:
+            values = merged_values(model.get_submodule(path), parameter, adapters, path)
+        except MergeError as problem:
+            problems.append(str(problem))
             continue
-        with torch.no_grad():
-            merged, bias = _merged_weight(layer, parameter, adapters), _merged_bias(layer, parameter, adapters)
-        if _adds_bias(adapters) and bias is None:
-            problems.append(f"{path} has no bias that could take in the adapter's (lora_bias)")
-        elif why := adapters[0].kind.refuse_merge(layer, merged):
-            problems.append(f"{path}: {why}")
-        elif not merged.isfinite().all() or (bias is not None and not bias.isfinite().all()):
-            problems.append(
-                f"{path} ({merged.dtype}) would hold NaN or infinity: the adapter is broken, or its update too large "
-                "for the dtype of the base (merge over a float32 base then)"
-            )
-        else:
-            yield site, merged
-            if bias is not None:
-                yield (path, "bias"), bias
+        yield from (((path, name), value) for name, value in values.items())
     if problems:
         raise MergeError(
             bullet_list(f"Not merged: {len(problems)} weight(s) cannot take the adapter in:", shortened(problems))
@@ -233,47 +229,6 @@ def _adapters_by_weight(model: nn.Module, names: Sequence[str]) -> dict[tuple[st
         for site, adapter in adapters_by_site(model, name):
             found.setdefault((site.path, site.parameter), []).append(adapter)
     return found
-
-
-def _adds_bias(adapters: Sequence[Adapter]) -> bool:
-    """Whether one of the adapters has a bias of its own."""
-    return any(adapter.lora_bias is not None for adapter in adapters)
-
-
-def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor:
-    base = _base(layer, parameter, adapters)
-    total = base
-    for adapter in adapters:
-        total = adapter.merged(total, base)
-    return total.to(read(layer, parameter).dtype)
-
-
-def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor | None:
-    """The layer's bias with those of the adapters; None if none of them has one, or the layer has none.
-
-    DoRA multiplies the output so far without the layer's own bias, and so the biases of adapters before it.
-    """
-    bias = layer._parameters.get("bias")
-    if bias is None or not _adds_bias(adapters):
-        return None
-    total = torch.zeros_like(bias, dtype=_exact(bias))
-    for adapter in adapters:
-        if adapter.lora_magnitude is not None:
-            base = _base(layer, parameter, adapters)
-            total = total * adapter.gain(base, adapter.delta(base.shape, base.dtype))
-        if (delta := adapter.bias_delta(total.dtype)) is not None:
-            total = total + delta
-    return (bias.to(total.dtype) + total).to(bias.dtype)
-
-
-def _base(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor:
-    """The weight before any adapter, in the dtype that sums are made in."""
-    weight = adapters[0].kind.as_used(layer, read(layer, parameter))
-    return weight.to(_exact(weight))
-
-
-def _exact(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.device.type == "cpu" else torch.float32
 
 
 def _take_over(module: nn.Module, copy: nn.Module) -> None:

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from veneer.errors import MergeError
-from veneer.layers.kinds import Layer
-from veneer.layers.token_rows import TokenRows
-from veneer.layers.weights import read, store_of
+from veneer.layers.token_rows import TokenRows, with_rows
+from veneer.layers.weights import store_of
 from veneer.model.overlay import overlay_needed, token_rows
 
 Sources = Mapping[str, str]
@@ -67,14 +65,4 @@ def merged_rows(model: nn.Module, names: Sequence[str], sources: Sources) -> Ite
     for path, adapters in found.items():
         if path in sources:
             continue
-        layer: Layer = model.get_submodule(path)
-        W = read(layer).detach()
-        with torch.no_grad():
-            for rows in adapters:
-                W = rows.merged(W)
-        if not W.isfinite().all():
-            raise MergeError(
-                f"Not merged: {path} ({W.dtype}) would hold NaN or infinity: a trained row is broken, or too large for "
-                "the dtype of the base."
-            )
-        yield (path, "weight"), W
+        yield (path, "weight"), with_rows(model.get_submodule(path), adapters, path)

@@ -119,7 +119,7 @@ class AdapterMethods(nn.Module):
             raise AdapterNameError("set_adapter needs a name; to let none act, use disable_adapter().")
         self._overlay.check_names(names)
         check_bases(self._overlay, names)
-        if self._overlay.route.merged:
+        if self._overlay.route.in_weights:
             self.unmerge_adapter()
         if inference_mode:
             self.set_requires_grad(names, False)

@@ -19,6 +19,7 @@ from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
 
 _ATTRIBUTE = "_veneer_overlay"
+_CONFIGS = "peft_config"
 
 
 @dataclass
@@ -30,7 +31,6 @@ class Overlay:
     resolutions  what they mean for this model
     biases       the biases an adapter trains
     bases        the base weights an adapter has replaced, as LoftQ does
-    trainable    whether the adapter may get gradients; False for one that was loaded for use
     not_by_rows  why an adapter cannot serve rows of a batch, as found for a resolution
     idle         sites an adapter has and does not use since one with fewer layers was swapped in: zero there
     waiting      adapters whose initialisation (EVA) has not seen its data yet
@@ -42,11 +42,15 @@ class Overlay:
     resolutions: dict[str, Resolution] = field(default_factory=dict)
     biases: dict[str, StandIns] = field(default_factory=dict)
     bases: dict[str, StandIns] = field(default_factory=dict)
-    trainable: dict[str, bool] = field(default_factory=dict)
     not_by_rows: dict[str, tuple[Resolution, tuple[str, ...]]] = field(default_factory=dict)
     idle: dict[str, tuple[Site, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
     originals: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def trainable(self) -> dict[str, bool]:
+        """Whether an adapter may get gradients, by its name; False for one that was loaded for use."""
+        return self.route.trainable
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise AdapterNameError if an adapter of one of these names does not exist, or a name is said twice."""
@@ -75,9 +79,19 @@ def check_model(model: nn.Module) -> None:
 
 
 def overlay_of(model: nn.Module) -> Overlay | None:
-    """The overlay of a model, or None if it never had an adapter. Raises ArgumentError if it is no model."""
+    """The overlay of a model, or None if it has no adapter. Raises ArgumentError if it is no model.
+
+    Other libraries take adapters off layer by layer, and then their names out of `model.peft_config`, or delete that:
+    what they leave is taken off here.
+    """
     check_model(model)
-    return vars(model).get(_ATTRIBUTE)
+    overlay: Overlay | None = vars(model).get(_ATTRIBUTE)
+    if overlay is not None and (overlay.configs.keys() != overlay.resolutions.keys() or _CONFIGS not in vars(model)):
+        from veneer.model.leftovers import take_off_leftovers  # which stands on all that reads an overlay
+
+        take_off_leftovers(model, overlay)
+        return vars(model).get(_ATTRIBUTE)
+    return overlay
 
 
 def overlay_needed(model: nn.Module) -> Overlay:
@@ -111,7 +125,7 @@ def overlay_made_for(model: nn.Module) -> Overlay:
 def hang(model: nn.Module, overlay: Overlay) -> None:
     """Let the model carry the overlay, and its configs under the name that transformers reads."""
     vars(model)[_ATTRIBUTE] = overlay
-    vars(model)["peft_config"] = overlay.configs
+    vars(model)[_CONFIGS] = overlay.configs
 
 
 def take_down(model: nn.Module) -> None:
@@ -120,7 +134,7 @@ def take_down(model: nn.Module) -> None:
     if front is not None and front.whole:
         take_away(model)
     vars(model).pop(_ATTRIBUTE, None)
-    vars(model).pop("peft_config", None)
+    vars(model).pop(_CONFIGS, None)
 
 
 def adapters_by_site(model: nn.Module, name: str) -> Iterator[tuple[Site, Adapter]]:

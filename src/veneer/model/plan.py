@@ -46,8 +46,8 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"A LoraConfig is needed, not {type(config).__module__}.{type(config).__qualname__}.")
     config.check()
-    if overlay is not None and overlay.route.merged:
-        raise MergeError(f"Unmerge {', '.join(overlay.route.merged)} first: the weights are not the base's just now.")
+    if overlay is not None and overlay.route.in_weights:
+        raise MergeError(f"Unmerge {', '.join(overlay.route.in_weights)} first: the weights are not the base's now.")
     with replicated(model, _stretches(model, config, overlay)):
         return _plan(model, name, config, overlay, strict=strict)
 

@@ -49,5 +49,5 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 def _refuse_merged(part: nn.Module) -> None:
-    if merged := overlay_needed(part).route.merged:
+    if merged := overlay_needed(part).route.in_weights:
         raise MergeError(f"{', '.join(merged)} is merged, and the scale part of the weights: unmerge it first.")

@@ -116,7 +116,7 @@ def set_peft_model_state_dict(
     part = adapted_part(model)
     overlay = overlay_needed(part)
     overlay.check_names([adapter_name])
-    if adapter_name in overlay.route.merged:
+    if adapter_name in overlay.route.in_weights:
         raise MergeError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before giving it other values.")
     given = with_prefix(peft_model_state_dict)
     given = with_todays_names(part, overlay.configs[adapter_name], overlay.resolutions[adapter_name], given)

@@ -9,6 +9,8 @@ from torch import nn
 from veneer.errors import MergeError
 from veneer.layers import swap
 from veneer.layers.attach import Adapters
+from veneer.layers.kinds import Layer
+from veneer.layers.route import Route
 from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.layers.weights import store_of, stored
@@ -129,12 +131,17 @@ def _layer_status(part: nn.Module, name: str, module: nn.Module, child: nn.Modul
         module_type=_type(module, child),
         enabled=route.enabled,
         active_adapters=list(route.active),
-        merged_adapters=[adapter for adapter in route.merged if adapter in parameters],
+        merged_adapters=_in_weights(module, route, parameters),
         requires_grad=trains,
         available_adapters=sorted(parameters),
         devices={adapter: sorted({p.device.type for p in mine}) for adapter, mine in parameters.items()},
         quantization_backend=_backend(module) if isinstance(child, Adapters) else None,
     )
+
+
+def _in_weights(module: Layer, route: Route, names: Iterable[str]) -> list[str]:
+    here = module._veneer_merged
+    return [name for name in (*route.merged, *(() if here is None else here.names)) if name in names]
 
 
 def _type(module: nn.Module, child: nn.Module) -> str:

@@ -228,4 +228,4 @@ def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
         for key, value in adapter_tensors(model, name).items():
             if key in tensors or not key.endswith(START):
                 value.copy_(tensors[key])
-    stop_waiting(model, name)
+    stop_waiting(model, overlay_needed(model), name)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from veneer.errors import AttachError
-from veneer.model.overlay import overlay_needed, overlay_of
+from veneer.model.overlay import Overlay, overlay_needed, overlay_of
 from veneer.model.statistics import data_driven
 
 _CALL = "call initialize_lora_eva_weights(model, dataloader) before training"
@@ -41,9 +41,8 @@ def wait_for_data(model: nn.Module, name: str) -> None:
         model.register_forward_pre_hook(RefuseTraining())
 
 
-def stop_waiting(model: nn.Module, name: str) -> None:
+def stop_waiting(model: nn.Module, overlay: Overlay, name: str) -> None:
     """The adapter has its values, or is gone."""
-    overlay = overlay_needed(model)
     overlay.waiting.discard(name)
     if not overlay.waiting:
         ours = [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, RefuseTraining)]

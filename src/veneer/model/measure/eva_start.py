@@ -32,7 +32,7 @@ def start_from(model: nn.Module, name: str, factors: Mapping[str, Tensor]) -> No
     are. Raises ConfigError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
-    if overlay.route.merged:
+    if overlay.route.in_weights:
         raise MergeError("Unmerge the adapters before one of them is initialised.")
     old = overlay.resolutions[name]
     _check(old.sites, factors)
@@ -135,5 +135,5 @@ def _put(model: nn.Module, overlay: Overlay, name: str, config: LoraConfig, new:
             overlay.biases[name] = StandIns(model, new.biases)
     overlay.configs[name] = config
     overlay.resolutions[name] = replace(old, sites=new.sites, biases=new.biases, target_modules=new.target_modules)
-    stop_waiting(model, name)
+    stop_waiting(model, overlay_needed(model), name)
     follow_route(model, overlay)

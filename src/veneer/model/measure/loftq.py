@@ -44,7 +44,7 @@ def replace_lora_weights_loftq(
     model = bare_model(peft_model)
     overlay = overlay_needed(model)
     overlay.check_names([adapter_name])
-    if overlay.route.merged:
+    if overlay.route.in_weights:
         raise MergeError("Unmerge the adapters first: the weights are not the base's just now.")
     if overlay.bases and overlay.route.acting != (adapter_name,):
         raise MergeError(

@@ -1,0 +1,126 @@
+"""The weights of one layer with adapters in them, and a layer that has them in place by itself.
+
+Sums are made in float64 on a CPU, else in float32, and rounded once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import MergeError
+from veneer.layers.adapter import Adapter
+from veneer.layers.kinds import Layer
+from veneer.layers.weights import is_offloaded, read, store_of, stored
+
+
+@dataclass
+class MergedHere:
+    """What a layer has in its weights by itself: the adapters' names, and the base's own parameters by name."""
+
+    names: tuple[str, ...]
+    originals: dict[str, nn.Parameter]
+
+
+def merged_values(
+    layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str, original: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A weight with these adapters in it, and the layer's bias if it changes, by the parameters' names.
+
+    what      what an error calls the layer
+    original  the weight before any adapter, if the layer has others in its weight already
+
+    Raises MergeError if the layer cannot take them in, or would overflow.
+    """
+    if is_offloaded(layer, parameter):
+        raise MergeError(f"The weight of {what} is offloaded: load the model without offloading to merge.")
+    if (groups := adapters[0].kind.groups(layer)) > 1:
+        raise MergeError(
+            f"{what} has groups={groups}: each output sees the inputs of its group, with the adapter all of them, "
+            "which its weight cannot express"
+        )
+    with torch.no_grad():
+        merged = _merged_weight(layer, parameter, adapters, original)
+        bias = _merged_bias(layer, parameter, adapters, original)
+    if _adds_bias(adapters) and bias is None:
+        raise MergeError(f"{what} has no bias that could take in the adapter's (lora_bias)")
+    if why := adapters[0].kind.refuse_merge(layer, merged):
+        raise MergeError(f"{what}: {why}")
+    if not merged.isfinite().all() or (bias is not None and not bias.isfinite().all()):
+        raise MergeError(
+            f"{what} ({merged.dtype}) would hold NaN or infinity: the adapter is broken, or its update too large "
+            "for the dtype of the base (merge over a float32 base then)"
+        )
+    return {parameter: merged} if bias is None else {parameter: merged, "bias": bias}
+
+
+def merge_here(layer: Layer, names: Sequence[str]) -> None:
+    """Put adapters into this layer's weights, on top of those it has in them. Raises MergeError."""
+    here = layer._veneer_merged or MergedHere((), {})
+    for parameter, value in layer._veneer_merged_with(names, here.originals).items():
+        here.originals.setdefault(parameter, layer._parameters[parameter])
+        store_of(layer, parameter).write(layer, parameter, value)
+    layer._veneer_merged = MergedHere((*here.names, *names), here.originals)
+    layer._veneer_route.count_merged(names, 1)
+
+
+def unmerge_here(layer: Layer) -> None:
+    """Put the weights back that the layer had before, bit for bit."""
+    here: MergedHere | None = layer._veneer_merged
+    if here is None:
+        return
+    for parameter, original in here.originals.items():
+        put_back(layer, parameter, original)
+    del layer._veneer_merged
+    layer._veneer_route.count_merged(here.names, -1)
+
+
+def put_back(layer: Layer, parameter: str, original: nn.Parameter) -> None:
+    """Give a layer a parameter of the base's back, moved and cast as what stands there was since."""
+    merged = stored(layer, parameter)
+    if (original.dtype, original.device) != (merged.dtype, merged.device):
+        original.data = original.data.to(merged.device, merged.dtype)
+    layer._parameters[parameter] = original
+
+
+def _adds_bias(adapters: Sequence[Adapter]) -> bool:
+    """Whether one of the adapters has a bias of its own."""
+    return any(adapter.lora_bias is not None for adapter in adapters)
+
+
+def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter], original: Tensor | None) -> Tensor:
+    now = read(layer, parameter)
+    base = _base(layer, adapters, now if original is None else original)
+    total = base if original is None else _base(layer, adapters, now)
+    for adapter in adapters:
+        total = adapter.merged(total, base)
+    return total.to(now.dtype)
+
+
+def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter], original: Tensor | None) -> Tensor | None:
+    """The layer's bias with those of the adapters; None if none of them has one, or the layer has none.
+
+    DoRA multiplies the output so far without the layer's own bias, and so the biases of adapters before it.
+    """
+    bias = layer._parameters.get("bias")
+    if bias is None or not _adds_bias(adapters):
+        return None
+    total = torch.zeros_like(bias, dtype=_exact(bias))
+    for adapter in adapters:
+        if adapter.lora_magnitude is not None:
+            base = _base(layer, adapters, read(layer, parameter) if original is None else original)
+            total = total * adapter.gain(base, adapter.delta(base.shape, base.dtype))
+        if (delta := adapter.bias_delta(total.dtype)) is not None:
+            total = total + delta
+    return (bias.to(total.dtype) + total).to(bias.dtype)
+
+
+def _base(layer: Layer, adapters: Sequence[Adapter], weight: Tensor) -> Tensor:
+    """A weight as the layer uses it, in the dtype that sums are made in."""
+    used = adapters[0].kind.as_used(layer, weight)
+    return used.to(_exact(used))
+
+
+def _exact(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.device.type == "cpu" else torch.float32
