@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from veneer.layers import swap
 from veneer.layers.adapter import Adapter
+from veneer.layers.adapter_names import AdapterNames
 from veneer.layers.by_rows import serve_rows
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import merged_values
-from veneer.layers.peft_names import ScaleNames
 from veneer.layers.route import Part, Route
 
 CHILD = "adapters"
@@ -28,7 +28,7 @@ class Adapters(nn.ModuleDict):
         def __getitem__(self, key: str) -> Adapter: ...
 
 
-class Adapted(ScaleNames, swap.Front):
+class Adapted(AdapterNames, swap.Front):
     """Placed in front of any layer class: its output, then each adapter that acts."""
 
     word = "Lora"

@@ -16,7 +16,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 class Offered:
     """A method or property on a front's class, behind everything the module itself has by that name.
 
-    assign  what to call instead of assigning to the name; "" where an instance may be given an attribute of that name
+    assign  what to use instead of assigning to the name; "" where an instance may be given an attribute of that name
     """
 
     def __init__(self, function: Callable[..., Any], *, method: bool, assign: str = "") -> None:
@@ -39,7 +39,7 @@ class Offered:
 
     def __set__(self, module: Any, value: Any) -> None:
         if self.assign and self.name not in vars(module):
-            raise AttributeError(f"{self.name} cannot be assigned: call {self.assign}.")
+            raise AttributeError(f"{self.name} cannot be assigned: use {self.assign}.")
         vars(module)[self.name] = value
 
     def __delete__(self, module: Any) -> None:

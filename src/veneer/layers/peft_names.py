@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError, VeneerWarning
+from veneer.errors import AdapterNameError, AttachError, MergeError, VeneerWarning
 from veneer.layers import swap
-from veneer.layers.adapter import checked_factor
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import MergedHere, merge_here, unmerge_here
 from veneer.layers.offered import offered, offered_method, offered_state
@@ -32,6 +31,9 @@ class RouteNames:
     _veneer_child: str
     _veneer_route: Route
     _veneer_merged: MergedHere | None = None
+
+    def _veneer_has(self, name: str) -> bool:
+        return name in _table(self)
 
     @offered_method
     def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -187,41 +189,6 @@ class WeightNames(RouteNames):
         return bare_twin(self, self._veneer_child)
 
 
-class ScaleNames(WeightNames):
-    """Mixed into layers whose adapters have a scale."""
-
-    @offered_method
-    def set_scale(self: Any, adapter: str, scale: float) -> None:
-        """Scale an adapter's update by `scale` times its trained factor; nothing if the layer has no such adapter.
-
-        Raises ArgumentError, or MergeError while an adapter is merged, as do the two below; but they may go on and
-        off again around a forward pass of a layer that has merged by itself, where they change nothing.
-        """
-        factor = checked_factor(scale)
-        if adapter not in self.adapters:
-            return
-        if factor != 1 or self._veneer_route.merged:
-            _refuse_scaling(self._veneer_route)
-        for own in _adapters(self, adapter):
-            own.rescale(factor * own.trained_scale)
-
-    @offered_method
-    def scale_layer(self: Any, scale: float) -> None:
-        """Multiply the factors of the active adapters by `scale`."""
-        factor = _checked(self, scale)
-        for own in _active(self):
-            own.rescale(float(own.scale) * factor)
-
-    @offered_method
-    def unscale_layer(self: Any, scale: float | None = None) -> None:
-        """Divide the factors of the active adapters by `scale`; None gives them the trained ones back."""
-        factor = _checked(self, 1.0 if scale is None else scale)
-        if factor == 0:
-            raise ArgumentError("A scale cannot be divided by 0.")
-        for own in _active(self):
-            own.rescale(own.trained_scale if scale is None else float(own.scale) / factor)
-
-
 def _table(layer: Layer) -> nn.ModuleDict:
     """What the layer holds by adapter name."""
     return layer._modules[layer._veneer_child]
@@ -232,15 +199,10 @@ def _merged(layer: Layer) -> list[str]:
     return [name for name in (*layer._veneer_route.merged, *here) if name in _table(layer)]
 
 
-def _adapters(layer: Layer, name: str) -> list[Any]:
+def adapters_called(layer: Layer, name: str) -> list[Any]:
     """The adapters of this name on the layer: one, or one for each of the parameters it reads."""
     own = layer.adapters[name]
     return [own] if hasattr(own, "lora_A") else [adapter for _, adapter in own.items()]
-
-
-def _active(layer: Layer) -> list[Any]:
-    names = [name for name in layer._veneer_route.active if name in layer.adapters]
-    return [own for name in names for own in _adapters(layer, name)]
 
 
 def _all_names(layer: Layer) -> set[str]:
@@ -262,7 +224,7 @@ def _trained(layer: Layer, name: str) -> Iterator[nn.Parameter]:
     if layer._veneer_child != "adapters":
         yield from table[name].parameters()
         return
-    for own in _adapters(layer, name):
+    for own in adapters_called(layer, name):
         yield from own.trained()
 
 
@@ -287,16 +249,3 @@ def _refuse_replacing(route: Route, names: set[str], instead: str) -> None:
             f"Adapter {theirs[0]!r} trains biases of the base or has replaced its weights, and a layer by itself "
             f"cannot exchange those: call {instead}."
         )
-
-
-def _refuse_scaling(route: Route) -> None:
-    if route.in_weights:
-        raise MergeError(
-            "The scale is part of the merged weights: call unmerge_adapter() first, or unmerge() on each layer."
-        )
-
-
-def _checked(layer: Layer, scale: float) -> float:
-    if layer._veneer_route.merged:
-        _refuse_scaling(layer._veneer_route)
-    return checked_factor(scale)

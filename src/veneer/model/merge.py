@@ -90,14 +90,13 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
             set_enabled(model, enabled)
             if merged and enabled and set(merged) <= overlay.configs.keys():
                 merge(model, merged)
-            _merge_again(overlay, apart if enabled else [])
+            _merge_again(apart if enabled else [])
 
 
-def _merge_again(overlay: Overlay, apart: list[tuple[Layer, tuple[str, ...]]]) -> None:
+def _merge_again(apart: list[tuple[Layer, tuple[str, ...]]]) -> None:
     """Let layers have those adapters in their weights by themselves again that there still are."""
     for layer, names in apart:
-        there: Any = layer._modules[layer._veneer_child] if isinstance(layer, WeightNames) else ()
-        if left := [name for name in names if name in overlay.configs and name in there]:
+        if isinstance(layer, WeightNames) and (left := [name for name in names if layer._veneer_has(name)]):
             merge_here(layer, left)
 
 
@@ -121,7 +120,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     except BaseException:
         if before:
             merge(model, before)
-        _merge_again(overlay, apart)
+        _merge_again(apart)
         raise
     overlay.route.set(active=names)
     place_stand_ins(model, overlay)
