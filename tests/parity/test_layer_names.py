@@ -120,10 +120,10 @@ def test_parts_are_written_through():
         layer.lora_A["a"].weight.data.mul_(2)
         layer.lora_B["a"].weight = nn.Parameter(layer.lora_B["a"].weight.detach() + 1)
         layer.lora_B["a"].bias = nn.Parameter(torch.ones(4))
-        layer.lora_dropout["a"].p = 0.5
         layer.lora_A["a"].to("cpu")
     check_alike(theirs, mine, x)
-    assert mine.lora_dropout["a"].p == 0.5
+    mine.lora_dropout["a"].p = 0.5
+    assert mine.adapters["a"].dropout == 0.5
     assert_close(mine.lora_A["a"](x), theirs.lora_A["a"](x))
     assert math.isclose(mine.adapters["a"].scale, 6 / 4 / 4)
 
