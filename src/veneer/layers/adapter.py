@@ -37,6 +37,7 @@ class Adapter(nn.Module):
     trained_scale  the factor of the update that A and B were trained with
     scale          the factor that is used
     lora_bias      a trained bias of shape (O,), scaled like the update, or None
+    casts_input    whether the input is cast to the dtype of A; False where hooks see to that, as diffusers' do
     """
 
     lora_A: nn.Parameter
@@ -65,6 +66,7 @@ class Adapter(nn.Module):
         self.dropout = dropout
         self.rule = "add" if magnitude is None else "dora"
         self.frozen = frozen
+        self.casts_input = True
         self.lora_A = nn.Parameter(factors.A, requires_grad="A" not in frozen)
         self.lora_B = nn.Parameter(factors.B, requires_grad="B" not in frozen)
         self.register_parameter("lora_bias", None if bias is None else nn.Parameter(bias))
@@ -85,7 +87,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
         """(layer input, layer output so far) -> layer output with this adapter, in y's dtype."""
-        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        if self.casts_input and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         p = self.dropout if self.training else 0.0
         return RULES[self.rule].forward(self, x, y, layer, p).to(y.dtype)

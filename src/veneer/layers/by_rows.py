@@ -42,7 +42,7 @@ def serve_rows(served: Sequence[Served], x: Tensor, y: Tensor, layer: Layer) -> 
 def _alike(adapter: Adapter) -> _Alike | None:
     """What adapters must share to be multiplied together: they differ in A and B only. None if it cannot be."""
     plain = adapter.rule == "add" and adapter.kind.update is linear_update and isinstance(adapter.scale, float)
-    if not plain or (adapter.training and adapter.dropout > 0):
+    if not plain or not adapter.casts_input or (adapter.training and adapter.dropout > 0):
         return None
     if adapter._parameters["lora_bias"] is not None or adapter._buffers["start_A"] is not None:
         return None

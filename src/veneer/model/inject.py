@@ -1,7 +1,8 @@
 """An adapter on a model in place, without a facade around it."""
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from veneer.storage import keys
 from veneer.targets import resolve
 
 _FACTOR = ".lora_"
+_OF_A_PROCESSOR = re.compile(r"(?P<attention>.+)\.processor\.(?P<layer>\w+)_lora\.(down|up)\.weight")
 # What else narrows target_modules down: said once by the paths that a state dict names.
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -51,6 +53,17 @@ def inject_adapter_in_model(
     return model
 
 
+def _layer_meant(key: str, paths: Container[str]) -> str:
+    """A key of alpha_pattern, put right where diffusers gives it the name that an attention's factors once had.
+
+    Of sd-scripts' files it makes `….attn1.processor.to_k_lora.down.weight`, which is the layer `….attn1.to_k`.
+    """
+    if (found := _OF_A_PROCESSOR.fullmatch(key)) is None:
+        return key
+    layer = f"{found['attention']}.{found['layer']}"
+    return next((f"^{re.escape(path)}" for path in (layer, f"{layer}.0") if path in paths), key)
+
+
 def _config_from_keys(config: LoraConfig, model: nn.Module, state: Mapping[str, Tensor]) -> LoraConfig:
     """The config with the layers that the keys of an adapter's state dict name as its targets."""
     check_kind(state, Mapping, "A state dict ({name: tensor})")
@@ -63,6 +76,7 @@ def _config_from_keys(config: LoraConfig, model: nn.Module, state: Mapping[str, 
         raise TargetError("No key of state_dict names a layer with a factor (….lora_A.weight and so on).")
     if unknown := [path for path in paths if path not in modules]:
         raise TargetError(bullet_list("state_dict names layers that the model does not have:", shortened(unknown)))
+    config = config.changed(alpha_pattern={_layer_meant(key, modules): x for key, x in config.alpha_pattern.items()})
     named = config.changed(target_modules=paths, **dict.fromkeys(_NARROWING))
     found = {site.path for site in resolve(model, named, strict=False).sites}
     if found != set(paths):

@@ -22,6 +22,17 @@ _ATTRIBUTE = "_veneer_overlay"
 _CONFIGS = "peft_config"
 
 
+class Configs(dict[str, LoraConfig]):
+    """The configs of a model's adapters by name, which the model has as `peft_config`."""
+
+    def pop(self, name: str, default: LoraConfig | None = None) -> LoraConfig | None:  # type: ignore[override]
+        """Drop a name, if it is there.
+
+        diffusers drops that of an adapter whose attaching failed, which left nothing here; a KeyError would hide why.
+        """
+        return super().pop(name, default)
+
+
 @dataclass
 class Overlay:
     """Everything by adapter name, and the route that the layers share.
@@ -38,7 +49,7 @@ class Overlay:
     """
 
     route: Route = field(default_factory=Route)
-    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    configs: Configs = field(default_factory=Configs)
     resolutions: dict[str, Resolution] = field(default_factory=dict)
     biases: dict[str, StandIns] = field(default_factory=dict)
     bases: dict[str, StandIns] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """PEFT's functions that are a line or two of Veneer's, with PEFT's arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError, check_kind
+from veneer.layers.adapter import Adapter
 from veneer.layers.attach import Adapted
 from veneer.model.overlay import overlay_of, own_parameters
 from veneer.model.tuner import LoraModel
@@ -26,6 +28,23 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     except VeneerError:
         return False
     return True
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within the block no adapter casts its input to the dtype of its factors, since hooks see to dtypes.
+
+    active  False changes nothing
+    """
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)] if active else []
+    outside = [adapter.casts_input for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.casts_input = False
+        yield
+    finally:
+        for adapter, casts in zip(adapters, outside, strict=True):
+            adapter.casts_input = casts
 
 
 def set_adapter(

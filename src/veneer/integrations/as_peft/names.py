@@ -38,8 +38,9 @@ HOMES: Mapping[str, str] = {
             BaseTunerLayer {_LAYERS} {_WRAPPERS} {_ASKED_ABOUT} LoHaLayer LoKrLayer
         """,
         "veneer.integrations.as_peft.functions": """
-            cast_adapter_dtype check_hotswap_configs_compatible check_if_peft_model delete_adapter get_peft_config
-            infer_device is_bnb_available set_adapter set_requires_grad transpose
+            cast_adapter_dtype check_hotswap_configs_compatible check_if_peft_model delete_adapter
+            disable_input_dtype_casting get_peft_config infer_device is_bnb_available set_adapter
+            set_requires_grad transpose
         """,
         "veneer.integrations.as_peft.tables": f"""
             {_MAPPINGS} {_FILES} {_ERRORS} _get_submodules BaseTuner is_bnb_4bit_available
@@ -63,7 +64,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
             cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter
             set_peft_model_state_dict set_requires_grad
         """,
-        "peft.helpers": "check_if_peft_model rescale_adapter_scale",
+        "peft.helpers": "check_if_peft_model disable_input_dtype_casting rescale_adapter_scale",
         "peft.import_utils": "is_bnb_available is_bnb_4bit_available",
         "peft.mapping": f"{_MAPPINGS} get_peft_config get_peft_model inject_adapter_in_model",
         "peft.mapping_func": "get_peft_model",
