@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from veneer.layers import swap
 from veneer.layers.kinds import Layer, Number
 from veneer.layers.route import Route
+from veneer.layers.weights.offloaded import Resident
 
 CHILD = "token_rows"
 
 
-class TokenRows(nn.Module):
+class TokenRows(Resident):
     """The rows of one adapter, of shape (K, D), and the tokens (K,) they stand for, in the config's order.
 
     Each row stands in place of the embedding's own; nothing is added to it.

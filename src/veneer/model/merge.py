@@ -14,9 +14,9 @@ from veneer.errors import MergeError, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.replication import replication_of
-from veneer.layers.weights import is_offloaded, read, stored
+from veneer.layers.weights import is_offloaded, kept, put_back, read, stored, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
-from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
+from veneer.model.merge_shared import check_rows, check_writable, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, as_names, overlay_needed, overlay_of, saved_modules
 
 
@@ -37,7 +37,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     for (path, parameter), value in merged.items():
         for tied in one_with(sources, path):
             layer: Layer = model.get_submodule(tied)
-            overlay.originals[tied, parameter] = layer._parameters[parameter]
+            overlay.originals[tied, parameter] = kept(layer, parameter)
         put_merged(model, sources, path, parameter, value)
     return names
 
@@ -49,11 +49,7 @@ def unmerge(model: nn.Module) -> None:
     if not overlay.route.merged:
         raise MergeError("Nothing is merged.")
     for (path, parameter), original in overlay.originals.items():
-        layer: Layer = model.get_submodule(path)
-        merged = stored(layer, parameter)
-        if (original.dtype, original.device) != (merged.dtype, merged.device):  # the model was moved or cast since
-            original.data = original.data.to(merged.device, merged.dtype)
-        layer._parameters[parameter] = original
+        put_back(model.get_submodule(path), parameter, original)
     overlay.originals.clear()
     overlay.route.set(merged=())
     place_stand_ins(model, overlay)
@@ -117,7 +113,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     for name in names:
         for _, module in saved_modules(model, name):
             _take_over(module, module.modules_to_save[name])
-    kept = {
+    biases = {
         path: value
         for name in names
         if name in overlay.biases
@@ -128,7 +124,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     if stack is not None:
         stack.settle()
     remove_all(model)
-    for path, value in kept.items():
+    for path, value in biases.items():
         model.get_parameter(path).data = value.clone()
     model.requires_grad_(False)
     return model
@@ -198,8 +194,7 @@ def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple
             continue
         path, parameter = site
         layer: Layer = model.get_submodule(path)
-        if is_offloaded(layer, parameter):
-            raise MergeError(f"The weight of {path} is offloaded: load the model without offloading to merge.")
+        check_writable(layer, path, parameter)
         if (groups := adapters[0].kind.groups(layer)) > 1:
             problems.append(
                 f"{path} has groups={groups}: each output sees the inputs of its group, with the adapter all of them, "
@@ -245,7 +240,7 @@ def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter]) ->
     total = base
     for adapter in adapters:
         total = adapter.merged(total, base)
-    return total.to(read(layer, parameter).dtype)
+    return total.to(stored(layer, parameter).dtype)
 
 
 def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> Tensor | None:
@@ -253,9 +248,9 @@ def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter]) -> T
 
     DoRA multiplies the output so far without the layer's own bias, and so the biases of adapters before it.
     """
-    bias = layer._parameters.get("bias")
-    if bias is None or not _adds_bias(adapters):
+    if layer._parameters.get("bias") is None or not _adds_bias(adapters):
         return None
+    bias = read(layer, "bias")
     total = torch.zeros_like(bias, dtype=_exact(bias))
     for adapter in adapters:
         if adapter.lora_magnitude is not None:
@@ -279,6 +274,10 @@ def _exact(weight: Tensor) -> torch.dtype:
 def _take_over(module: nn.Module, copy: nn.Module) -> None:
     """Give a module the parameters and buffers of its copy, as its own: a tie to another module ends here."""
     for path, trained in copy.named_modules():
-        own = module.get_submodule(path)
-        for table in ("_parameters", "_buffers"):
-            getattr(own, table).update(getattr(trained, table))
+        own: Layer = module.get_submodule(path)
+        for name, value in trained._parameters.items():
+            if value is not None and is_offloaded(own, name):
+                write(own, name, value)
+            else:
+                own._parameters[name] = value
+        own._buffers.update(trained._buffers)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from veneer.errors import MergeError
 from veneer.layers.kinds import Layer
 from veneer.layers.token_rows import TokenRows
-from veneer.layers.weights import read, store_of
+from veneer.layers.weights import is_offloaded, read, store_of, write
 from veneer.model.overlay import overlay_needed, token_rows
 
 Sources = Mapping[str, str]
@@ -35,12 +35,25 @@ def one_with(sources: Sources, path: str) -> list[str]:
     return [path, *(tied for tied, source in sources.items() if source == path)]
 
 
+def check_writable(layer: Layer, path: str, parameter: str) -> None:
+    """Raise MergeError if the weight can only be read."""
+    if store_of(layer, parameter).write is None:
+        kept_as = type(layer._parameters[parameter]).__name__
+        raise MergeError(
+            f"The weight of {path} is quantised ({kept_as}), and rounding it again would lose part of the adapter. Load "
+            "the base unquantised (in bfloat16, say), load the adapter on it, and merge there."
+        )
+
+
 def put_merged(model: nn.Module, sources: Sources, path: str, parameter: str, value: Tensor) -> None:
     """Put a merged value in place, as one parameter in all modules that share it."""
     first, *others = (model.get_submodule(one) for one in one_with(sources, path))
-    store_of(first, parameter).write(first, parameter, value)
+    write(first, parameter, value)
     for other in others:
-        other._parameters[parameter] = first._parameters[parameter]
+        if is_offloaded(other, parameter):
+            write(other, parameter, value)
+        else:
+            other._parameters[parameter] = first._parameters[parameter]
 
 
 def check_rows(model: nn.Module, names: Sequence[str]) -> None:
@@ -68,6 +81,7 @@ def merged_rows(model: nn.Module, names: Sequence[str], sources: Sources) -> Ite
         if path in sources:
             continue
         layer: Layer = model.get_submodule(path)
+        check_writable(layer, path, "weight")
         W = read(layer).detach()
         with torch.no_grad():
             for rows in adapters:

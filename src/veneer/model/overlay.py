@@ -15,6 +15,7 @@ from veneer.layers.route import Route
 from veneer.layers.stand_in import StandIns
 from veneer.layers.swap import front_of, take_away
 from veneer.layers.token_rows import TokenRows
+from veneer.layers.weights.offloaded import Elsewhere
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
 
@@ -46,7 +47,7 @@ class Overlay:
     not_by_rows: dict[str, tuple[Resolution, tuple[str, ...]]] = field(default_factory=dict)
     idle: dict[str, tuple[Site, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
-    originals: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
+    originals: dict[tuple[str, str], nn.Parameter | Elsewhere] = field(default_factory=dict)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise AdapterNameError if an adapter of one of these names does not exist, or a name is said twice."""
