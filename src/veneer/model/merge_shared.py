@@ -40,8 +40,8 @@ def check_writable(layer: Layer, path: str, parameter: str) -> None:
     if store_of(layer, parameter).write is None:
         kept_as = type(layer._parameters[parameter]).__name__
         raise MergeError(
-            f"The weight of {path} is quantised ({kept_as}), and rounding it again would lose part of the adapter. Load "
-            "the base unquantised (in bfloat16, say), load the adapter on it, and merge there."
+            f"The weight of {path} is quantised ({kept_as}), and rounding it again would lose part of the adapter. "
+            "Load the base unquantised (in bfloat16, say), load the adapter on it, and merge there."
         )
 
 

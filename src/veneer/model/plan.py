@@ -17,8 +17,8 @@ from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import Front, check_forward
 from veneer.layers.token_rows import has_rows
 from veneer.layers.weights import STORES, is_offloaded, store_of
-from veneer.layers.weights.offloaded import brings_in_submodules
 from veneer.layers.weights.dense import DENSE
+from veneer.layers.weights.offloaded import brings_in_submodules
 from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
 from veneer.targets import Resolution, Site, TokenSite, resolve

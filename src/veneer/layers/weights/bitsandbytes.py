@@ -3,6 +3,8 @@
 Shapes: I in, O out.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from veneer.layers.kinds import Layer
 from veneer.layers.weights.store import Store
 
 _LARGEST = 127  # what the largest number of each row was rounded to
+_ROWS = 32
 
 
 def _is(layer: Layer, parameter: str, name: str) -> bool:
@@ -39,7 +42,20 @@ def _read_4bit(layer: Layer, parameter: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = layer._parameters[parameter]
-    return dequantize_4bit(weight.data, weight.quant_state)
+    state = weight.quant_state
+    if vars(state).get("packing_format_for_cpu"):
+        return _unpacked(weight.data, state).to(state.original_dtype)
+    return dequantize_4bit(weight.data, state)
+
+
+def _unpacked(packed: Tensor, state: Any) -> Tensor:
+    """The weight where its first call in evaluation has reordered it for a CPU: 32 rows of two columns at a time."""
+    O, I = state.shape
+    two = packed.reshape(-1, _ROWS)  # of each byte the low half belongs to the first 32 numbers, the high to the next
+    codes = torch.cat([two & 15, two >> 4], dim=1).reshape(O // _ROWS, I // 2, _ROWS, 2)
+    codes_OI = codes.transpose(1, 2).reshape(O, I)
+    largest_OI = state.absmax.T.float().repeat_interleave(state.blocksize, dim=1)
+    return state.code[codes_OI.long()] * largest_OI
 
 
 BITSANDBYTES_8BIT = Store("bnb 8bit", _holds_8bit, _read_8bit, None)

@@ -69,8 +69,8 @@ def _refuse_without_gradient(model: nn.Module, sites: tuple[Site, ...]) -> None:
     if offloaded:
         raise ConfigError(
             bullet_list(
-                f"{_CALL} needs gradients of the weights, and these are offloaded. Measure on a model that is not, with "
-                "a cache_file, and read that with this one:",
+                f"{_CALL} needs gradients of the weights, and these are offloaded. Measure on a model that is "
+                "not, with a cache_file, and read that with this one:",
                 offloaded[:6],
             )
         )
