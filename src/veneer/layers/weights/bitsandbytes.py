@@ -50,10 +50,10 @@ def _read_4bit(layer: Layer, parameter: str) -> Tensor:
 
 def _unpacked(packed: Tensor, state: Any) -> Tensor:
     """The weight where its first call in evaluation has reordered it for a CPU: 32 rows of two columns at a time."""
-    O, I = state.shape
+    rows, columns = state.shape
     two = packed.reshape(-1, _ROWS)  # of each byte the low half belongs to the first 32 numbers, the high to the next
-    codes = torch.cat([two & 15, two >> 4], dim=1).reshape(O // _ROWS, I // 2, _ROWS, 2)
-    codes_OI = codes.transpose(1, 2).reshape(O, I)
+    codes = torch.cat([two & 15, two >> 4], dim=1).reshape(rows // _ROWS, columns // 2, _ROWS, 2)
+    codes_OI = codes.transpose(1, 2).reshape(rows, columns)
     largest_OI = state.absmax.T.float().repeat_interleave(state.blocksize, dim=1)
     return state.code[codes_OI.long()] * largest_OI
 
