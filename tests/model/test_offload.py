@@ -319,7 +319,7 @@ def test_in_place(offloaded, tmp_path):
     add_adapter(model, config(use_dora=True, init_lora_weights=False))
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert {path.name for path in Path(tmp_path).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert [path.name for path in Path(tmp_path).glob("*.safetensors")] == ["adapter_model.safetensors"]
     again = offloaded(tiny.llama())
     load_adapter(again, tmp_path)
     assert torch.equal(logits(again), expected)
