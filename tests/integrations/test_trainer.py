@@ -157,7 +157,7 @@ class TestCheckpoints:
         made.train()
         assert {path.name for path in (tmp_path / "checkpoint-6").iterdir()} >= ADAPTER
         made.save_model(str(tmp_path / "end"))
-        assert {path.name for path in (tmp_path / "end").iterdir()} == {*ADAPTER, "training_args.bin"}
+        assert {path.name for path in (tmp_path / "end").iterdir()} == {*ADAPTER, "README.md", "training_args.bin"}
         loaded = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path / "end")
         model.eval()
         assert torch.equal(loaded(tiny.ids()).logits, model(tiny.ids()).logits)

@@ -120,7 +120,7 @@ def test_a_patched_forward_is_refused():
     with pytest.raises(AttachError, match="replaced on the instance"):
         adapted(layer)
     model = tiny.Stack()
-    model.first.forward = model.first.forward
+    model.first.forward = model.second.forward
     with pytest.raises(AttachError):
         veneer.get_peft_model(model, veneer.LoraConfig(target_modules=["first", "second"]))
     assert type(model.second) is nn.Linear

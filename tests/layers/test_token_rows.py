@@ -390,12 +390,6 @@ class TestErrors:
         with pytest.raises(TargetError, match="rows of tokens cannot be trained: .* quantised"):
             adapted(base, **TOY, trainable_token_indices=[1])
 
-    def test_an_offloaded_embedding(self):
-        from accelerate import cpu_offload
-
-        with pytest.raises(AttachError, match=r"the weight of model\.embed_tokens is offloaded"):
-            adapted(cpu_offload(tiny.llama(), execution_device="cpu"))
-
     def test_no_one_embedding(self):
         base = Tied()
         base.more = nn.Embedding(4, 6)

@@ -278,30 +278,6 @@ class TestSavingTheBase:
             model.save_pretrained(tmp_path, push_to_hub=True)
 
 
-class TestOffloadedBases:
-    """accelerate keeps the weight elsewhere and puts its own forward on the instance."""
-
-    def offloaded(self):
-        from accelerate import cpu_offload
-
-        return cpu_offload(tiny.llama(), execution_device="cpu")
-
-    def test_an_adapter_over_an_offloaded_base(self, tmp_path):
-        reference = tiny.shake(veneer.get_peft_model(tiny.llama(), config("q_proj", "down_proj")))
-        reference.save_pretrained(tmp_path)
-        model = veneer.PeftModel.from_pretrained(self.offloaded(), tmp_path)
-        assert torch.equal(model(tiny.ids()).logits, reference(tiny.ids()).logits)
-        fresh = veneer.get_peft_model(self.offloaded(), config("q_proj", init_lora_weights=True))
-        assert torch.equal(fresh(tiny.ids()).logits, tiny.llama()(tiny.ids()).logits)
-
-    def test_what_needs_the_weight_is_refused(self):
-        with pytest.raises(AttachError, match="use_dora: the weight of .* is offloaded"):
-            veneer.get_peft_model(self.offloaded(), config("q_proj", use_dora=True))
-        model = veneer.get_peft_model(self.offloaded(), config("q_proj"))
-        with pytest.raises(MergeError, match="is offloaded"):
-            model.merge_adapter()
-
-
 class TestFilesOfPeft:
     @pytest.mark.filterwarnings("ignore:2 settings do not fit:veneer.errors.VeneerWarning")
     def test_names_inside_a_saved_head_are_passed_over(self, tmp_path):

@@ -16,6 +16,7 @@ from veneer.functional import dora
 from veneer.init import Factors
 from veneer.layers.kinds import Kind, Layer, Number
 from veneer.layers.weights import read
+from veneer.layers.weights.offloaded import Resident
 
 
 def checked_factor(value: float) -> float:
@@ -27,7 +28,7 @@ def checked_factor(value: float) -> float:
     return float(value)
 
 
-class Adapter(nn.Module):
+class Adapter(Resident):
     """A of shape (R, I), B of shape (O, R), for DoRA a magnitude m of shape (O,), and how they are used.
 
     An adapter whose start is taken off the base (PiSSA, say) keeps A and B as they were at the start, A₀ and B₀, and

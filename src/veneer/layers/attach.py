@@ -52,7 +52,7 @@ class Adapted(AdapterNames, swap.Front):
             y = _add(self.adapters[name], part, x, y, self)
         return y
 
-    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, Tensor]) -> dict[str, Tensor]:
         adapters, what = [self.adapters[name] for name in names], f"This {swap.base_class(self).__name__}"
         return merged_values(self, "weight", adapters, what, originals.get("weight"))
 

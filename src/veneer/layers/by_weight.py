@@ -86,7 +86,7 @@ class ByWeight(Adapted):
             parameter: merged_weight(self._registered(parameter), adapters) for parameter, adapters in acting.items()
         }
 
-    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, list[Adapter]] = {}
         for name in names:
             mine: Any = self.adapters[name]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.errors import MergeError
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.weights import is_offloaded, read, store_of, stored
+from veneer.layers.weights import Elsewhere, check_writable, kept, put_back, read, write
 
 
 @dataclass
@@ -20,7 +20,7 @@ class MergedHere:
     """What a layer has in its weights by itself: the adapters' names, and the base's own parameters by name."""
 
     names: tuple[str, ...]
-    originals: dict[str, nn.Parameter]
+    originals: dict[str, nn.Parameter | Elsewhere]
 
 
 def merged_values(
@@ -33,8 +33,7 @@ def merged_values(
 
     Raises MergeError if the layer cannot take them in, or would overflow.
     """
-    if is_offloaded(layer, parameter):
-        raise MergeError(f"The weight of {what} is offloaded: load the model without offloading to merge.")
+    check_writable(layer, parameter, what)
     if (groups := adapters[0].kind.groups(layer)) > 1:
         raise MergeError(
             f"{what} has groups={groups}: each output sees the inputs of its group, with the adapter all of them, "
@@ -58,9 +57,10 @@ def merged_values(
 def merge_here(layer: Layer, names: Sequence[str]) -> None:
     """Put adapters into this layer's weights, on top of those it has in them. Raises MergeError."""
     here = layer._veneer_merged or MergedHere((), {})
-    for parameter, value in layer._veneer_merged_with(names, here.originals).items():
-        here.originals.setdefault(parameter, layer._parameters[parameter])
-        store_of(layer, parameter).write(layer, parameter, value)
+    before = {name: one.read() if isinstance(one, Elsewhere) else one for name, one in here.originals.items()}
+    for parameter, value in layer._veneer_merged_with(names, before).items():
+        here.originals.setdefault(parameter, kept(layer, parameter))
+        write(layer, parameter, value)
     layer._veneer_merged = MergedHere((*here.names, *names), here.originals)
     layer._veneer_route.count_merged(names, 1)
 
@@ -74,14 +74,6 @@ def unmerge_here(layer: Layer) -> None:
         put_back(layer, parameter, original)
     del layer._veneer_merged
     layer._veneer_route.count_merged(here.names, -1)
-
-
-def put_back(layer: Layer, parameter: str, original: nn.Parameter) -> None:
-    """Give a layer a parameter of the base's back, moved and cast as what stands there was since."""
-    merged = stored(layer, parameter)
-    if (original.dtype, original.device) != (merged.dtype, merged.device):
-        original.data = original.data.to(merged.device, merged.dtype)
-    layer._parameters[parameter] = original
 
 
 def _adds_bias(adapters: Sequence[Adapter]) -> bool:
@@ -103,9 +95,9 @@ def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter], orig
 
     DoRA multiplies the output so far without the layer's own bias, and so the biases of adapters before it.
     """
-    bias = layer._parameters.get("bias")
-    if bias is None or not _adds_bias(adapters):
+    if layer._parameters.get("bias") is None or not _adds_bias(adapters):
         return None
+    bias = read(layer, "bias")
     total = torch.zeros_like(bias, dtype=_exact(bias))
     for adapter in adapters:
         if adapter.lora_magnitude is not None:

@@ -139,7 +139,7 @@ class RouteNames:
 class WeightNames(RouteNames):
     """Mixed into layers whose adapters can be part of their weights."""
 
-    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's parameters with these adapters in them, by name; `originals` where others are in already."""
         raise NotImplementedError
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from veneer.errors import AttachError, TargetError
+from veneer.layers.weights.offloaded import offloading_hook
 
 _MARK = "_veneer_replication"
 _COUNT = "num_hidden_layers"
@@ -200,8 +201,9 @@ def _stack_at(model: nn.Module, path: str) -> nn.ModuleList:
 
 
 def _replica(layer: nn.Module) -> nn.Module:
-    """Another module with the same parameters, buffers and configs."""
-    shared = [*layer.parameters(), *layer.buffers()]
+    """Another module with the same parameters, buffers and configs, and the same values where they are offloaded."""
+    shared: list[Any] = [*layer.parameters(), *layer.buffers()]
+    shared += [hook.weights_map for module in layer.modules() if (hook := offloading_hook(module)) is not None]
     shared += [config for module in layer.modules() if (config := vars(module).get("config")) is not None]
     return deepcopy(layer, {id(one): one for one in shared})
 

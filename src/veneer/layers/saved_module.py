@@ -18,6 +18,7 @@ from veneer.layers.offered import offered
 from veneer.layers.peft_names import RouteNames
 from veneer.layers.route import Route, Step
 from veneer.layers.twin import bare_twin
+from veneer.layers.weights.offloaded import let_go, offloading_hook, real_values, settle
 
 CHILD = "modules_to_save"
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -43,6 +44,7 @@ class Saved(RouteNames, swap.Front):
             return self._by_parts(steps, *args, **kwargs)
         for name in reversed(self._veneer_route.acting):
             if name in self.modules_to_save:
+                settle(self.modules_to_save[name])
                 return self.modules_to_save[name](*args, **kwargs)
         return super().forward(*args, **kwargs)
 
@@ -62,6 +64,7 @@ class Saved(RouteNames, swap.Front):
                     "more than one tensor, so it cannot serve each row by its own adapter. Use set_adapter."
                 )
             assert step.part is not None
+            settle(self.modules_to_save[step.name])
             copy, x = self.modules_to_save[step.name], args[0] if args else next(iter(kwargs.values()))
             rows = step.part.on_all_tokens()  # an adapter's invocation is about its update, not about its copies
             y = rows.through(lambda x, y, copy=copy: copy(x).to(y.dtype), x, y)
@@ -108,14 +111,30 @@ def keep_copy(module: Layer, name: str, route: Route, *, weight: nn.Parameter | 
 
 def _plain_copy(module: Layer, shared: dict[int, Any]) -> Layer:
     """A copy of the original module alone; `shared` is what to put in place of some of its parts, by id."""
-    if not is_saved(module):
-        return deepcopy(module, shared)
-    spared = {**shared, id(module.modules_to_save): Copies(), id(module._veneer_route): Route()}
+    spared = {**_offloaded_parts(module), **shared}
+    if is_saved(module):
+        spared |= {id(module.modules_to_save): Copies(), id(module._veneer_route): Route()}
     copy = deepcopy(module, spared)
-    swap.take_away(copy)
-    del copy.modules_to_save
-    del copy._veneer_route
+    if is_saved(module):
+        swap.take_away(copy)
+        del copy.modules_to_save
+        del copy._veneer_route
+    for part in copy.modules():
+        if offloading_hook(part) is not None:
+            let_go(part)
     return copy
+
+
+def _offloaded_parts(module: nn.Module) -> dict[int, Any]:
+    """What a copy gets in place of what is offloaded: the values themselves, and no copy of the map they come from."""
+    found: dict[int, Any] = {}
+    for part in module.modules():
+        own = {**part._buffers, **part._parameters}
+        for name, value in real_values(part):
+            found[id(own[name])] = nn.Parameter(value.clone()) if name in part._parameters else value.clone()
+        if offloading_hook(part) is not None:
+            found[id(vars(part)["_hf_hook"])] = vars(part)["_hf_hook"]
+    return found
 
 
 def drop_copy(module: Layer, name: str) -> None:

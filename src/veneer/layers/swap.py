@@ -69,8 +69,7 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 
 def place(module: Layer, front: type[Front]) -> None:
     """Place `front` before the module's class."""
-    module.__class__ = made_class(front, type(module))
-    _rebind_hook(module)
+    _change_class(module, made_class(front, type(module)))
 
 
 def take_away(module: Layer) -> None:
@@ -81,8 +80,7 @@ def take_away(module: Layer) -> None:
         raise AttachError(
             f"{type(module).__name__} was wrapped after the adapter was attached (by FSDP?); detach before sharding."
         )
-    module.__class__ = base
-    _rebind_hook(module)
+    _change_class(module, base)
 
 
 def lay_over(module: Layer, front: type[Front], child: str, table: nn.ModuleDict, route: Route) -> None:
@@ -112,15 +110,27 @@ def forget(module: Layer, child: str, name: str) -> None:
 def check_forward(module: nn.Module) -> None:
     """Raise AttachError if an instance-level forward would hide the one placed in front.
 
-    accelerate puts its hook there and calls `_old_forward`, which is bound anew at each swap.
+    accelerate puts its hook there and calls `_old_forward`, and leaves the class's own there when it is removed. Both
+    are bound anew at each swap.
     """
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
+    held = vars(module)
+    replaced = held.get("_old_forward", held.get("forward"))
+    if replaced is not None and not _is_own(module, replaced):
         raise AttachError(
             f"The forward method of this {type(module).__name__} was replaced on the instance, so an adapter would be "
             "ignored. Attach the adapter first, then patch forward."
         )
 
 
-def _rebind_hook(module: Layer) -> None:
-    if "_old_forward" in vars(module):
-        module._old_forward = MethodType(type(module).forward, module)
+def _is_own(module: nn.Module, method: Any) -> bool:
+    """Whether a bound method is what the module's class has as its forward."""
+    return isinstance(method, MethodType) and method.__self__ is module and method.__func__ is type(module).forward
+
+
+def _change_class(module: Layer, cls: type[nn.Module]) -> None:
+    """Swap the class, and bind the forward anew wherever the instance keeps the old class's."""
+    held = vars(module)
+    own = [name for name in ("forward", "_old_forward") if name in held and _is_own(module, held[name])]
+    module.__class__ = cls
+    for name in own:
+        held[name] = MethodType(cls.forward, module)

@@ -17,12 +17,13 @@ from veneer.layers import swap
 from veneer.layers.kinds import Layer, Number
 from veneer.layers.peft_names import WeightNames
 from veneer.layers.route import Route
-from veneer.layers.weights import read
+from veneer.layers.weights import check_writable, read
+from veneer.layers.weights.offloaded import Resident
 
 CHILD = "token_rows"
 
 
-class TokenRows(nn.Module):
+class TokenRows(Resident):
     """The rows of one adapter, of shape (K, D), and the tokens (K,) they stand for, in the config's order.
 
     Each row stands in place of the embedding's own; nothing is added to it.
@@ -106,7 +107,7 @@ class WithRows(WeightNames, swap.Front):
                 y = step.part.through(lambda x, y, rows=rows: self._replace(rows, x, y, in_place=False), x, y)
         return y
 
-    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    def _veneer_merged_with(self, names: Sequence[str], originals: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": with_rows(self, [self.token_rows[name] for name in names], "this embedding")}
 
     def _replace(self, rows: TokenRows, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
@@ -137,6 +138,7 @@ class HeadWithRows(WithRows):
 
 def with_rows(layer: Layer, adapters: Sequence[TokenRows], what: str) -> Tensor:
     """The weight with the rows of adapters in it; `what` is what an error calls it. Raises MergeError."""
+    check_writable(layer, "weight", what)
     W = read(layer).detach()
     with torch.no_grad():
         for rows in adapters:

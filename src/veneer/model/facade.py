@@ -37,6 +37,7 @@ class PeftModel(AdapterMethods):
     """
 
     base_model: LoraModel
+    _hf_peft_config_loaded = True  # Trainer asks for it where the base is quantised, before it trains
 
     def __init__(
         self,

@@ -112,7 +112,7 @@ def tied_adapter(site: Site, source: Adapter) -> Made:
 def first_rows(model: nn.Module, site: TokenSite, *, float32: bool = True) -> TokenRows:
     """The rows of a token site as they start: the embedding's own."""
     layer: Layer = model.get_submodule(site.path)
-    weight = stored(layer)
+    weight = read(layer)
     tokens = torch.tensor(site.tokens, device=weight.device)
     return TokenRows(site.tokens, weight.detach()[tokens].to(_dtype(weight, float32)))
 

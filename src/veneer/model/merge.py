@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from veneer.errors import MergeError, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.merging import merge_here, merged_values, put_back, unmerge_here
+from veneer.layers.merging import merge_here, merged_values, unmerge_here
 from veneer.layers.peft_names import WeightNames
 from veneer.layers.replication import replication_of
+from veneer.layers.weights import is_offloaded, kept, put_back, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, as_names, overlay_needed, overlay_of, saved_modules
@@ -37,7 +38,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
     for (path, parameter), value in merged.items():
         for tied in one_with(sources, path):
             layer: Layer = model.get_submodule(tied)
-            overlay.originals[tied, parameter] = layer._parameters[parameter]
+            overlay.originals[tied, parameter] = kept(layer, parameter)
         put_merged(model, sources, path, parameter, value)
     return names
 
@@ -130,7 +131,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     for name in names:
         for _, module in saved_modules(model, name):
             _take_over(module, module.modules_to_save[name])
-    kept = {
+    biases = {
         path: value
         for name in names
         if name in overlay.biases
@@ -141,7 +142,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     if stack is not None:
         stack.settle()
     remove_all(model)
-    for path, value in kept.items():
+    for path, value in biases.items():
         model.get_parameter(path).data = value.clone()
     model.requires_grad_(False)
     return model
@@ -233,6 +234,10 @@ def _adapters_by_weight(model: nn.Module, names: Sequence[str]) -> dict[tuple[st
 def _take_over(module: nn.Module, copy: nn.Module) -> None:
     """Give a module the parameters and buffers of its copy, as its own: a tie to another module ends here."""
     for path, trained in copy.named_modules():
-        own = module.get_submodule(path)
-        for table in ("_parameters", "_buffers"):
-            getattr(own, table).update(getattr(trained, table))
+        own: Layer = module.get_submodule(path)
+        for name, value in trained._parameters.items():
+            if value is not None and is_offloaded(own, name):
+                write(own, name, value)
+            else:
+                own._parameters[name] = value
+        own._buffers.update(trained._buffers)

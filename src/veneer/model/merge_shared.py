@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from veneer.errors import MergeError
 from veneer.layers.token_rows import TokenRows, with_rows
-from veneer.layers.weights import store_of
+from veneer.layers.weights import is_offloaded, write
 from veneer.model.overlay import overlay_needed, token_rows
 
 Sources = Mapping[str, str]
@@ -36,9 +36,12 @@ def one_with(sources: Sources, path: str) -> list[str]:
 def put_merged(model: nn.Module, sources: Sources, path: str, parameter: str, value: Tensor) -> None:
     """Put a merged value in place, as one parameter in all modules that share it."""
     first, *others = (model.get_submodule(one) for one in one_with(sources, path))
-    store_of(first, parameter).write(first, parameter, value)
+    write(first, parameter, value)
     for other in others:
-        other._parameters[parameter] = first._parameters[parameter]
+        if is_offloaded(other, parameter):
+            write(other, parameter, value)
+        else:
+            other._parameters[parameter] = first._parameters[parameter]
 
 
 def check_rows(model: nn.Module, names: Sequence[str]) -> None:

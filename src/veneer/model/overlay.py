@@ -15,6 +15,7 @@ from veneer.layers.route import Route
 from veneer.layers.stand_in import StandIns
 from veneer.layers.swap import front_of, take_away
 from veneer.layers.token_rows import TokenRows
+from veneer.layers.weights.offloaded import Elsewhere
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
 
@@ -56,7 +57,7 @@ class Overlay:
     not_by_rows: dict[str, tuple[Resolution, tuple[str, ...]]] = field(default_factory=dict)
     idle: dict[str, tuple[Site, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
-    originals: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
+    originals: dict[tuple[str, str], nn.Parameter | Elsewhere] = field(default_factory=dict)
 
     @property
     def trainable(self) -> dict[str, bool]:

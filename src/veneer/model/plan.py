@@ -16,8 +16,9 @@ from veneer.layers.route import BASE
 from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import Front, check_forward
 from veneer.layers.token_rows import has_rows
-from veneer.layers.weights import is_offloaded, read
+from veneer.layers.weights import STORES, is_offloaded, store_of
 from veneer.layers.weights.dense import DENSE
+from veneer.layers.weights.offloaded import brings_in_submodules
 from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
 from veneer.targets import Resolution, Site, TokenSite, resolve
@@ -65,6 +66,8 @@ def _plan(model: nn.Module, name: str, config: LoraConfig, overlay: Overlay | No
         *(problem for site in resolution.token_rows for problem in _why_no_rows(model, site)),
         *_other_overlay(model, overlay, resolution),
         *_clashes_of_bias(overlay, resolution),
+        *_why_not_biases(model, resolution),
+        *_brought_in_as_one(model, resolution),
         *why_not_invoked(model, config, resolution),
     ]
     if problems:
@@ -75,7 +78,7 @@ def _plan(model: nn.Module, name: str, config: LoraConfig, overlay: Overlay | No
             check_forward(module)
     for site in resolution.sites:
         if site.dora or _looks_at_weights(config):
-            read(model.get_submodule(site.path), site.parameter)
+            store_of(model.get_submodule(site.path), site.parameter)
     stored_transposed = any(site.kind.fan_in_fan_out for site in resolution.sites)
     resolved = config.in_use(
         target_modules=resolution.target_modules,
@@ -164,16 +167,45 @@ def _why_not_adapted(layer: Layer, site: Site, config: LoraConfig) -> list[str]:
         problems.append(f"lora_bias: a bias cannot be added to {site.path}, {site.kind.name}")
     if why := site.kind.clash(layer, site):
         problems.append(f"target_modules: {site.path}: {why}")
-    if site.dora and is_offloaded(layer, site.parameter):
-        problems.append(f"use_dora: the weight of {site.path} is offloaded, and its norms cannot be read yet")
-    if _looks_at_weights(config) and is_offloaded(layer, site.parameter):
-        problems.append(f"init_lora_weights: the weight of {site.path} is offloaded and cannot be read")
+    if config.init_lora_weights == "loftq" and (why := _why_not_replaced(layer, site.parameter)):
+        problems.append(f"init_lora_weights='loftq' replaces the base's weights, and that of {site.path} {why}")
     if _looks_at_weights(config) and not site.kind.by_matrix:
         problems.append(
             f"init_lora_weights: {config.init_lora_weights!r} starts from a matrix, and {site.path} is an adapter on "
             f"{site.kind.name}; leave it out of the targets, or give it an adapter of its own with another start"
         )
     return problems
+
+
+def _why_not_replaced(layer: Layer, parameter: str) -> str | None:
+    if is_offloaded(layer, parameter):
+        return "is offloaded; load the model such that it stays on a device"
+    if any(store.write is None and store.holds(layer, parameter) for store in STORES):
+        return "is quantised already; attach plain LoRA and call replace_lora_weights_loftq"
+    return None
+
+
+def _why_not_biases(model: nn.Module, resolution: Resolution) -> list[str]:
+    problems = []
+    for name in resolution.biases:
+        path, _, parameter = name.rpartition(".")
+        if is_offloaded(model.get_submodule(path), parameter):
+            problems.append(
+                f"bias: {name} is offloaded, so it would get no gradient; load the model such that it stays on a device"
+            )
+    return problems
+
+
+def _brought_in_as_one(model: nn.Module, resolution: Resolution) -> list[str]:
+    """accelerate looks up each parameter inside such a module among those it had when it was dispatched."""
+    whole = [path for path, module in model.named_modules() if brings_in_submodules(module)]
+    return [
+        f"{path} is inside {outer or 'a model'}, which is offloaded as one; dispatch the model without "
+        "preload_module_classes"
+        for path in _paths(resolution)
+        for outer in whole
+        if path == outer or not outer or path.startswith(f"{outer}.")
+    ]
 
 
 def _why_no_rows(model: nn.Module, site: TokenSite) -> list[str]:
@@ -186,11 +218,6 @@ def _why_no_rows(model: nn.Module, site: TokenSite) -> list[str]:
             problems.append(f"trainable_token_indices: another adapter trains {path} in full")
         elif not has_rows(module) and hasattr(module, token_rows.CHILD):
             problems.append(f"trainable_token_indices: {path} has an attribute {token_rows.CHILD!r} of its own")
-        if is_offloaded(module):
-            problems.append(
-                f"trainable_token_indices: the weight of {path} is offloaded; load the model such that it stays on a "
-                "device"
-            )
     return problems
 
 

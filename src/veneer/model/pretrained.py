@@ -11,6 +11,7 @@ from veneer.layers.kinds import Layer
 from veneer.layers.replication import original_layers
 from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
+from veneer.layers.weights import is_offloaded, read
 from veneer.model.merge import base_in_place
 
 SAVE = "save_pretrained"
@@ -63,8 +64,18 @@ def note_untied_head(model: Layer) -> None:
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and embedding is not None and head.weight is not embedding.weight:
+    if head is not None and embedding is not None and not _one_weight(head, embedding):
         model.config.tie_word_embeddings = False
+
+
+def _one_weight(head: Layer, embedding: Layer) -> bool:
+    """Whether two modules share a weight; each has a parameter of its own if the model is, or was, offloaded."""
+    if head.weight is embedding.weight:
+        return True
+    if not (is_offloaded(head) or is_offloaded(embedding)):
+        return head.weight.data_ptr() == embedding.weight.data_ptr()
+    mine, other = read(head), read(embedding)
+    return mine.shape == other.shape and mine.equal(other.to(mine))
 
 
 def with_base_name(config: LoraConfig, model: nn.Module) -> LoraConfig:

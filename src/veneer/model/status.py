@@ -164,7 +164,7 @@ def _backend(layer: nn.Module) -> str | None:
     except MergeError:
         weight = stored(layer)
         return None if type(weight) is nn.Parameter and weight.is_floating_point() else type(weight).__name__
-    return None if name == "dense" else name
+    return None if name in ("dense", "offloaded") else name
 
 
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:

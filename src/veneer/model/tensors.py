@@ -11,6 +11,7 @@ from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
+from veneer.layers.weights.offloaded import settle
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
 from veneer.model.waiting import stop_waiting
@@ -175,6 +176,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             tensors[keys_of["lora_A"] + START] = adapter.start_A
             tensors[keys_of["lora_B"] + START] = adapter.start_B
     for path, module in saved_modules(model, name):
+        settle(module.modules_to_save[name])
         for inner, value in module.modules_to_save[name].state_dict().items():
             tensors[keys.saved(path, inner)] = value
     for site, rows in token_rows(model, name):

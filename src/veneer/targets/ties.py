@@ -9,6 +9,7 @@ from torch import nn
 
 from veneer.config import LoraConfig, rank_and_alpha
 from veneer.errors import VeneerWarning
+from veneer.layers.weights import is_offloaded
 from veneer.targets.findings import Findings
 from veneer.targets.names import inside, named, selector
 from veneer.targets.structure import Structure, named_by
@@ -45,12 +46,20 @@ class Trained:
 
 
 def ties_of(model: nn.Module, structure: Structure) -> list[Tie]:
-    """The ties of a model: modules whose weight is one and the same parameter, where one is an embedding."""
+    """The ties of a model: modules whose weight is one and the same parameter, where one is an embedding.
+
+    Of weights that are offloaded, each module has a parameter of its own; there the model's word counts.
+    """
     groups: dict[int, list[str]] = {}
+    said = _said_to_be_tied(model)
     for path, module in structure.modules.items():
         weight = module._parameters.get("weight")
-        if weight is not None and isinstance(module, nn.Embedding | nn.Linear):
-            groups.setdefault(id(weight), []).append(path)
+        if weight is None or not isinstance(module, nn.Embedding | nn.Linear):
+            continue
+        source = structure.modules.get(said.get(path, ""))
+        if is_offloaded(module) and source is not None and is_offloaded(source):
+            weight = source._parameters["weight"]
+        groups.setdefault(id(weight), []).append(path)
     main = input_embedding(model, structure)
     ties = []
     for paths in groups.values():
@@ -60,6 +69,19 @@ def ties_of(model: nn.Module, structure: Structure) -> list[Tie]:
             assert source is not None
             ties.append(Tie(source, tuple(path for path in paths if path != source)))
     return ties
+
+
+def _said_to_be_tied(model: nn.Module) -> dict[str, str]:
+    """{path: path of the module whose weight it shares}, as a transformers model lists its ties."""
+    listed = vars(model).get("all_tied_weights_keys")
+    if not isinstance(listed, dict):
+        return {}
+    ending = ".weight"
+    return {
+        name.removesuffix(ending): source.removesuffix(ending)
+        for name, source in listed.items()
+        if name.endswith(ending) and source.endswith(ending)
+    }
 
 
 def input_embedding(model: nn.Module, structure: Structure) -> str | None:

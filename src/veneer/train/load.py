@@ -46,7 +46,11 @@ def load_model(name: str, *, revision: str | None = None, dtype: Dtype = "auto")
         )
     except SafetensorError as error:
         raise RunError(f"The weights of {name} are damaged or cut off: {error}. Get them again.") from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        from veneer.train.out_of_memory import is_out_of_memory, model_too_large
+
+        if is_out_of_memory(error):
+            raise model_too_large(name, error) from error
         raise RunError(f"The weights of {name} do not fit its config.json{_reason(error)}") from error
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, error) from error
@@ -120,7 +124,7 @@ def _not_loaded(what: str, name: str, error: Exception) -> RunError:
     return RunError(f"The {what} of {name} could not be loaded: {reason}{advice}")
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """The first line of an error, unless it names only an option of transformers (the tensors are in its log)."""
     line = str(error).partition("\n")[0].rstrip(":")
     return "." if "ignore_mismatched_sizes" in line else f": {line}"

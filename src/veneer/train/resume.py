@@ -2,11 +2,12 @@
 
 OUTPUT/run.yaml and OUTPUT/data.json say what the checkpoints were made with. A run that goes on with anything else
 would be neither the old run nor a new one, so every difference is refused but those that only say how long to train,
-and what to log and to keep.
+what to log and to keep, and in what portions to compute a step, for want of memory.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -34,9 +35,12 @@ MAY_DIFFER = {  # the data is compared by what it holds, not by where it lies; t
             "save_every",
             "keep_checkpoints",
             "resume",
+            "gradient_checkpointing",
         )
     ),
 }
+# what each step learns from is their product: the same rows, in smaller portions or larger ones
+PORTIONS = ("training.batch_size", "training.gradient_accumulation")
 
 Fingerprint = dict[str, dict[str, Any]]
 
@@ -114,10 +118,11 @@ def refuse_changes(output: Path, settings: RunConfig, data: Fingerprint) -> None
                 "Start anew with overwrite=true instead."
             )
     before, now = _flat(load(output / SETTINGS_FILE)), _flat(settings)
+    may_differ = MAY_DIFFER | ({*PORTIONS} if _rows_a_step(before) == _rows_a_step(now) else set())
     differences = [
         f"{key} was {_shown(before[key])}, is now {_shown(now[key])}"
         for key in now
-        if key not in MAY_DIFFER and before[key] != now[key]
+        if key not in may_differ and before[key] != now[key]
     ]
     differences += _data_differences(_read_fingerprint(output / DATA_FILE), data)
     if differences:
@@ -135,6 +140,10 @@ def _read_fingerprint(file: Path) -> Fingerprint:
         return {name: {"rows": int(part["rows"]), "sha256": str(part["sha256"])} for name, part in found.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise RunError(f"{file} is damaged. Start anew with overwrite=true instead.") from None
+
+
+def _rows_a_step(flat: Mapping[str, Any]) -> int:
+    return math.prod(flat[name] for name in PORTIONS)
 
 
 def _data_differences(before: Fingerprint, now: Fingerprint) -> list[str]:

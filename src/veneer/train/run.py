@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import RunError
 from veneer.model.files import DEFAULT
@@ -141,14 +141,27 @@ def _fit(
     checkpoint: Path | None,
     progress: Progress,
 ) -> Result:
+    from veneer.train.out_of_memory import is_out_of_memory, model_too_large
     from veneer.train.watch import Meter
 
     output = Path(settings.output).expanduser()
     log_file, checkpoints = output / LOG_FILE, output / CHECKPOINTS
     meter = Meter()
-    trainer = build_trainer(
-        model, tokenizer, *data, settings, log_file=log_file, checkpoints=checkpoints, progress=progress, meter=meter
-    )
+    try:  # this moves the model to the accelerator
+        trainer = build_trainer(
+            model,
+            tokenizer,
+            *data,
+            settings,
+            log_file=log_file,
+            checkpoints=checkpoints,
+            progress=progress,
+            meter=meter,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise model_too_large(settings.model, error) from None
+        raise
     before = _trained(model)
     _make_room(output, checkpoint)
     write_record(output, settings, record)
@@ -189,7 +202,11 @@ def _make_room(output: Path, checkpoint: Path | None) -> None:
 
 
 def _run(trainer: "VeneerSFTTrainer", settings: RunConfig, checkpoint: Path | None, progress: Progress) -> None:
-    """Train; Stopped, with what was kept, if the user interrupts. No empty checkpoint folder stays behind."""
+    """Train. Stopped, with what was kept, if the user interrupts; RunError, with what would need less, if memory runs
+    out. No empty checkpoint folder stays behind.
+    """
+    from veneer.train.out_of_memory import explained, is_out_of_memory, room_on
+
     checkpoints = Path(settings.output).expanduser() / CHECKPOINTS
     try:
         with progress.bar("Training"):
@@ -198,6 +215,21 @@ def _run(trainer: "VeneerSFTTrainer", settings: RunConfig, checkpoint: Path | No
         state = trainer.state
         where = f"Stopped at step {state.global_step}/{state.max_steps}." if state.max_steps else "Stopped."
         raise Stopped(f"{where} {what_is_kept(settings)}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        model: Any = trainer.model
+        state = trainer.state
+        raise explained(
+            error,
+            settings,
+            trainer.doing,
+            step=state.global_step + 1,
+            steps=state.max_steps,
+            dtype=model.dtype,
+            trained=_counts(model)[0],
+            room=room_on(trainer.args.device, model),
+        ) from None
     finally:
         if is_empty(checkpoints):
             shutil.rmtree(checkpoints, ignore_errors=True)

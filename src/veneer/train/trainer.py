@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl.trainer.sft_trainer import SFTTrainer
 
+from veneer.train.out_of_memory import Doing
 from veneer.train.schedule import Schedule, scheduler
 from veneer.train.tokens import IGNORED
 from veneer.train.watch import Meter, not_finite
@@ -16,6 +17,7 @@ class VeneerSFTTrainer(SFTTrainer):
     """Trains the adapters of a model on token ids and labels.
 
     meter           counts the tokens read
+    doing           what it is at, for the error that memory ran out
     schedule, warmup   as in run.yaml: how the learning rate goes, see schedule.py
     through_head    True: the loss comes from the logits the model itself computes, in the columns of the batch that
                     hold a label. False: TRL's, which multiplies by `lm_head.weight` itself. The first is right for an
@@ -26,6 +28,7 @@ class VeneerSFTTrainer(SFTTrainer):
         self.meter, self.through_head = meter, through_head
         self.schedule: Schedule = schedule
         self.warmup = warmup
+        self.doing = Doing()
         self._eval_loss, self._eval_tokens = 0.0, 0
         super().__init__(*args, **kwargs)
 
@@ -54,7 +57,9 @@ class VeneerSFTTrainer(SFTTrainer):
         """One forward and backward; RunError if the loss is not finite."""
         mask = inputs.get("attention_mask")
         self.meter.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        self.doing.begin(inputs["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self.doing.done()
         if not loss.isfinite():
             raise not_finite("loss", self.state.global_step + 1, Path(str(self.args.output_dir)))
         return loss
@@ -70,6 +75,7 @@ class VeneerSFTTrainer(SFTTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch, added up for `evaluation_loop`."""
+        self.doing.begin(inputs["input_ids"], evaluates=True)
         learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
         found = super().prediction_step(model, inputs, *args, **kwargs)
         self._eval_loss += float(found[0]) * learned
@@ -83,9 +89,16 @@ class VeneerSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        """The loss of a batch, from the model's logits or from TRL (see `through_head`)."""
+        compute = self._from_logits if self.through_head else super().compute_loss
+        found = compute(model, inputs, return_outputs, num_items_in_batch)
+        self.doing.forward_done()
+        return found
+
+    def _from_logits(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: torch.Tensor | int | None
+    ) -> Any:
         """Cross-entropy per learned token: the sum over the batch divided by the tokens of the whole step."""
-        if not self.through_head:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels_BT = inputs.pop("labels")
         next_BT = labels_BT[:, 1:]
         columns_K = (next_BT != IGNORED).any(dim=0).nonzero().squeeze(1)

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from veneer.layers.kinds import Layer
 from veneer.layers.weights.store import Store
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _holds(layer: Layer, parameter: str) -> bool:
     weight = layer._parameters.get(parameter)  # not there if it is computed, as under weight norm
-    return type(weight) is nn.Parameter and weight.dtype in _DTYPES
+    return type(weight) is nn.Parameter and weight.dtype in DTYPES
 
 
 def _read(layer: Layer, parameter: str) -> Tensor:

@@ -16,10 +16,11 @@ class Store:
 
     holds  (layer, parameter) -> whether this store knows the weight
     read   (layer, parameter) -> the weight in floating point
-    write  (layer, parameter, W) puts W in place as a parameter of its own, so that a tied one elsewhere stays
+    write  (layer, parameter, W) puts W in place as a parameter of its own, so that a tied one elsewhere stays; None if
+           the store only reads
     """
 
     name: str
     holds: Callable[[Layer, str], bool]
     read: Callable[[Layer, str], Tensor]
-    write: Callable[[Layer, str, Tensor], None]
+    write: Callable[[Layer, str, Tensor], None] | None

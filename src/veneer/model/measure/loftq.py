@@ -14,7 +14,7 @@ from veneer.errors import AdapterFileError, ConfigError, MergeError, bullet_list
 from veneer.init.loftq import fit
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.weights import is_offloaded, read
+from veneer.layers.weights import read
 from veneer.model.facade import DEFAULT
 from veneer.model.measure.observe import bare_model
 from veneer.model.overlay import adapters_by_site, overlay_needed
@@ -86,8 +86,6 @@ def _refuse_unfit(model: nn.Module, found: Sequence[tuple[Site, Adapter]]) -> No
             problems.append(f"{site.path}: the weight of a grouped convolution is no matrix")
         elif adapter.start_A is not None:
             problems.append(f"{site.path}: its adapter takes its start off the base")
-        elif is_offloaded(model.get_submodule(site.path), site.parameter):
-            problems.append(f"{site.path}: its weight is offloaded and cannot be read")
         elif site.rank > min(site.shape):
             problems.append(f"{site.path}: a weight of shape {site.shape} has no {site.rank} singular values")
     if problems:

@@ -13,7 +13,7 @@ from veneer.config import LoraConfig
 from veneer.errors import ConfigError, bullet_list
 from veneer.init.mean_gradient import MeanGradient
 from veneer.layers.kinds import Layer
-from veneer.layers.weights import stored
+from veneer.layers.weights import is_offloaded, stored
 from veneer.layers.weights.dense import DENSE
 from veneer.model.measure.observe import all_of, bare_model, base_alone, sites_for
 from veneer.model.merge import base_in_place
@@ -65,6 +65,15 @@ def _refuse_groups(model: nn.Module, sites: tuple[Site, ...]) -> None:
 
 
 def _refuse_without_gradient(model: nn.Module, sites: tuple[Site, ...]) -> None:
+    offloaded = [site.path for site in sites if is_offloaded(model.get_submodule(site.path), site.parameter)]
+    if offloaded:
+        raise ConfigError(
+            bullet_list(
+                f"{_CALL} needs gradients of the weights, and these are offloaded. Measure on a model that is "
+                "not, with a cache_file, and read that with this one:",
+                offloaded[:6],
+            )
+        )
     quantised = [site.path for site in sites if not DENSE.holds(model.get_submodule(site.path), site.parameter)]
     if quantised:
         raise ConfigError(
