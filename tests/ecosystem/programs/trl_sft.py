@@ -8,11 +8,12 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from fixed_values import digest, fill, losses, names, said
 from peft import LoraConfig, PeftModel, get_peft_model
-from train.tiny_chat import model as tiny_model
-from train.tiny_chat import save_to, tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
+
+from train.tiny_chat import model as tiny_model
+from train.tiny_chat import save_to, tokenizer
 
 folder = Path(sys.argv[1])
 disable_progress_bars()
