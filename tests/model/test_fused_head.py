@@ -1,6 +1,5 @@
 """A loss that multiplies by the weight of the output head itself, as TRL's do, trains what a call of the head would."""
 
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -12,28 +11,29 @@ import tiny
 import veneer
 from veneer.errors import AttachError
 from veneer.integrations.transformers import add_adapter
+from veneer.model.batch import serving
+from veneer.model.fused_head import readable_head
 
 X = tiny.ids()
 
 
-def reading(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-    """A forward in TRL's manner: with `fused_lm_head` the logits without a call of the head."""
-    if not fused_lm_head:
-        return type(self).forward(self, *args, **kwargs).logits
-    head = self.get_output_embeddings()
-    return F.linear(self.base_model(*args, **kwargs).last_hidden_state, head.weight, head.bias)
+def logits(model: Any, *, fused: bool = False, **kwargs: Any) -> torch.Tensor:
+    """The logits; with `fused` in TRL's manner, without a call of the head."""
+    bare = model.get_base_model() if isinstance(model, veneer.PeftModel) else model
+    if not fused:
+        return model(X, **kwargs).logits
+    with readable_head(bare, {"fused_lm_head": True}):
+        head = bare.get_output_embeddings()
+        return F.linear(bare.base_model(X).last_hidden_state, head.weight, head.bias)
 
 
 def facade(*, tied: bool = False, **fields) -> Any:
-    model = veneer.get_peft_model(tiny.llama(tied=tied), config(**fields))
-    model.bare.forward = MethodType(reading, model.bare)
-    return model
+    return veneer.get_peft_model(tiny.llama(tied=tied), config(**fields))
 
 
 def in_place(*, tied: bool = False, **fields) -> Any:
     model = tiny.llama(tied=tied)
     add_adapter(model, config(**fields))
-    model.forward = MethodType(reading, model)
     return model
 
 
@@ -43,9 +43,9 @@ def config(**fields) -> veneer.LoraConfig:
 
 def gradients(model: Any, **kwargs: Any) -> list[torch.Tensor]:
     model.zero_grad()
-    logits = model(X, **kwargs)
-    logits.logsumexp(-1).sum().backward()
-    return [logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad and p.grad is not None)]
+    found = logits(model, **kwargs)
+    found.logsumexp(-1).sum().backward()
+    return [found.detach(), *(p.grad for p in model.parameters() if p.requires_grad and p.grad is not None)]
 
 
 def shift(model: Any) -> None:
@@ -68,7 +68,7 @@ CASES = {
 def test_it_reads_the_weight_that_acts(door, case):
     model = door(**CASES[case])
     shift(model)
-    called, read = gradients(model), gradients(model, fused_lm_head=True)
+    called, read = gradients(model), gradients(model, fused=True)
     assert len(called) == len(read) > 1
     for one, other in zip(called, read, strict=True):
         assert_close(one, other)
@@ -79,20 +79,21 @@ def test_without_adapters_it_reads_the_base():
     model = facade(modules_to_save=["lm_head"])
     shift(model)
     with model.disable_adapter():
-        assert_close(model(X, fused_lm_head=True), model(X))
+        assert_close(logits(model, fused=True), logits(model))
 
 
-@pytest.mark.parametrize("door", [facade, in_place])
-def test_lora_on_the_head_is_refused(door):
-    model = door(target_modules=["q_proj", "lm_head"])
+def test_lora_on_the_head_is_refused():
+    model = facade(target_modules=["q_proj", "lm_head"])
     with pytest.raises(AttachError, match="multiplies by the weight of the output head and does not call it"):
-        model(X, fused_lm_head=True)
-    model(X)
+        logits(model, fused=True)
 
 
 def test_rows_with_adapters_of_their_own_are_refused():
-    model = facade(modules_to_save=["lm_head"])
+    model = facade(modules_to_save=["lm_head"]).eval()
     model.add_adapter("b", config(modules_to_save=["lm_head"]))
-    model.eval()
-    with pytest.raises(AttachError, match="cannot serve some of its rows"):
-        model(X, fused_lm_head=True, adapter_names=["default", *["b"] * (len(X) - 1)])
+    names = ["default", *["b"] * (len(X) - 1)]
+    with (
+        serving(model.get_base_model(), (X,), {}, adapter_names=names),
+        pytest.raises(AttachError, match="cannot serve some of its rows"),
+    ):
+        logits(model, fused=True)
