@@ -84,7 +84,7 @@ def test_without_adapters_it_reads_the_base():
 
 def test_lora_on_the_head_is_refused():
     model = facade(target_modules=["q_proj", "lm_head"])
-    with pytest.raises(AttachError, match="multiplies by the weight of the output head and does not call it"):
+    with pytest.raises(AttachError, match="TRL multiplies by lm_head.weight itself"):
         logits(model, fused=True)
 
 

@@ -69,8 +69,8 @@ def _acting(head: nn.Module) -> nn.Module | ReadHead:
         return ReadHead(weight, head.bias) if steps else head  # type: ignore[arg-type]
     if isinstance(head, Adapted) and any(step.name in head.adapters for step in head._veneer_route.plan):
         raise AttachError(
-            "This loss multiplies by the weight of the output head and does not call it, so an adapter on the head "
-            "would be ignored. Leave the head out of target_modules, or train it in full (modules_to_save)."
+            "TRL multiplies by lm_head.weight itself, so an adapter on the output head would never be trained: leave "
+            "lm_head out of target_modules, or name it in modules_to_save."
         )
     return head
 
