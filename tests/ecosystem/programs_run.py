@@ -8,6 +8,7 @@ A program prints what it found as JSON, in its last line.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -62,3 +63,18 @@ def python(*arguments: object, folder: Path | None = None) -> subprocess.Complet
         timeout=600,
         check=False,
     )
+
+
+def differences(found: Any, expected: Any, *, within: float = 2e-4, where: str = "") -> list[str]:
+    """Where two findings differ, numbers by more than `within` of their size."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        pairs = [(f"{where}[{key!r}]", found.get(key), expected.get(key)) for key in sorted({*found, *expected})]
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        pairs = [(f"{where}[{at}]", *pair) for at, pair in enumerate(zip(found, expected, strict=True))]
+    elif isinstance(found, float) and isinstance(expected, float):
+        return (
+            [] if math.isclose(found, expected, rel_tol=within, abs_tol=within) else [f"{where}: {found}, {expected}"]
+        )
+    else:
+        return [] if found == expected else [f"{where}: {found}, {expected}"]
+    return [line for place, one, other in pairs for line in differences(one, other, within=within, where=place)]

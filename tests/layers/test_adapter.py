@@ -278,3 +278,16 @@ def test_a_frozen_factor_is_not_among_what_trains():
     factors = Factors(torch.randn(2, 5), torch.randn(4, 2))
     adapter = Adapter(KINDS[class_name(nn.Linear)], factors, scale=1.0, frozen=("B",))
     assert [parameter is adapter.lora_A for parameter in adapter.trained()] == [True]
+
+
+def test_dropout_can_be_switched_off_where_trainers_do_it():
+    layer, x, adapter, route = make("linear", "add", dropout=0.5)
+    attach(layer, "a", adapter, route)
+    without = layer.eval()(x)
+    for module in layer.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    assert adapter.dropout == 0
+    assert_close(layer(x), without)
+    adapter.dropout = 0.25
+    assert adapter.lora_dropout.p == 0.25

@@ -241,6 +241,10 @@ def test_an_unknown_option_is_named(hub):
     assert message_of("user/name", revison="v1").startswith("Unknown option revison; for the hub there are revision")
 
 
+def test_what_is_said_of_the_base_in_the_same_call_changes_nothing(tmp_path):
+    assert adapter_folder(tmp_path, device_map="auto", torch_dtype="float16", trust_remote_code=True) == tmp_path
+
+
 def test_the_hub_takes_every_option():
     assert set(HUB_OPTIONS) <= set(inspect.signature(huggingface_hub.hf_hub_download).parameters)
 

@@ -39,12 +39,14 @@ class Adapter(Resident):
     scale          the factor that is used
     lora_bias      a trained bias of shape (O,), scaled like the update, or None
     casts_input    whether the input is cast to the dtype of A; False where hooks see to that, as diffusers' do
+    lora_dropout   where there is dropout, its probability: trainers switch it off in every `nn.Dropout` of a model
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
     lora_magnitude: nn.Parameter | None
+    lora_dropout: nn.Dropout
     start_A: Tensor | None
     start_B: Tensor | None
 
@@ -74,6 +76,18 @@ class Adapter(Resident):
         self.register_parameter("lora_magnitude", None if magnitude is None else nn.Parameter(magnitude))
         self.register_buffer("start_A", None if start is None else start.A)
         self.register_buffer("start_B", None if start is None else start.B)
+
+    @property
+    def dropout(self) -> float:
+        """The probability that an element of the input is dropped in training."""
+        return self.lora_dropout.p if "lora_dropout" in self._modules else 0.0
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        if "lora_dropout" in self._modules:
+            self.lora_dropout.p = p
+        elif p:
+            self.lora_dropout = nn.Dropout(p)
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that train when the adapter does."""

@@ -1,6 +1,6 @@
 """What TRL's trainers have to be told beyond what transformers' Trainer is: a facade's kind, and a trained output head.
 
-They multiply by `lm_head.weight` themselves, past the head's own forward, so an adapter on it would never be trained.
+They multiply by `lm_head.weight` themselves, past the head's own forward (see fused_head.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -10,11 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from veneer.errors import AttachError
-from veneer.layers.attach import Adapted
-from veneer.layers.saved_module import is_saved
-from veneer.layers.token_rows import has_rows
-from veneer.model.overlay import Overlay, overlay_of
+from veneer.model.fused_head import readable_head
+from veneer.model.overlay import overlay_of
 from veneer.on_import import stand_before, when_imported
 
 _TRAINERS = (
@@ -22,15 +19,17 @@ _TRAINERS = (
     "trl.trainer.sft_trainer",
     "trl.trainer.dpo_trainer",
     "trl.trainer.reward_trainer",
+    "trl.trainer.kto_trainer",
+    "trl.trainer.grpo_trainer",
+    "trl.trainer.rloo_trainer",
 )
 _UTILITIES = "trl.trainer.utils"
 _CLASSES = ("BaseTunerLayer", "LoraConfig")  # of PEFT, asked for once a model is known to be a facade
-_HEAD = "get_output_embeddings"
 _TOLD: set[str] = set()
 
 
 def teach_trl(facade: type[nn.Module]) -> None:
-    """Let TRL's SFTTrainer, DPOTrainer and RewardTrainer know models with adapters. A second time does nothing.
+    """Let TRL's trainers know models with adapters. A second time does nothing.
 
     facade  the class whose models hold the adapted one, with PEFT's methods
     """
@@ -71,9 +70,8 @@ def _tell(facade: type[nn.Module], module: ModuleType) -> None:
 def _make_head(theirs: Callable[..., None]) -> Callable[..., None]:
     def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
         theirs(model, *args, **kwargs)
-        overlay = overlay_of(model)
-        if overlay is not None:
-            model.forward = _with_trained_head(model, model.forward, overlay)
+        if overlay_of(model) is not None:
+            model.forward = _with_head(model, model.forward)
 
     return add_fused_lm_head
 
@@ -103,28 +101,12 @@ def _reference(model: Any, adapter_name: str | None) -> Iterator[None]:
         model.set_adapter(active)
 
 
-def _with_trained_head(model: Any, forward: Callable[..., Any], overlay: Overlay) -> Callable[..., Any]:
-    """The forward that multiplies by the trained copy of the output head, where `modules_to_save` made one.
+def _with_head(model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward, in which the output head's weight is the one that acts (`readable_head`, which may raise)."""
 
-    Raises AttachError if an adapter is on the head, or token rows tied to it, when that is passed by.
-    """
-
-    def with_trained_head(*args: Any, **kwargs: Any) -> Any:
-        head = model.get_output_embeddings() if kwargs.get("fused_lm_head") else None
-        if isinstance(head, Adapted) or (head is not None and has_rows(head)):
-            raise AttachError(
-                "TRL multiplies by lm_head.weight itself, so an adapter on the output head, or token rows tied to it, "
-                "would never be trained: leave lm_head out of target_modules, or name it in modules_to_save."
-            )
-        made = head.modules_to_save if head is not None and is_saved(head) else {}
-        copies = [made[name] for name in overlay.route.acting if name in made]
-        if not copies:
+    def with_head(*args: Any, **kwargs: Any) -> Any:
+        with readable_head(model, kwargs):
             return forward(*args, **kwargs)
-        vars(model)[_HEAD] = lambda: copies[-1]
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            del vars(model)[_HEAD]
 
-    with_trained_head.__wrapped__ = forward  # type: ignore[attr-defined]  # generate reads the signature
-    return with_trained_head
+    with_head.__wrapped__ = forward  # type: ignore[attr-defined]  # generate reads the signature
+    return with_head

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# What programs say of the base model in the same call. An adapter goes where its layers are, and is no code.
+OF_THE_BASE = (
+    "device_map",
+    "dtype",
+    "max_memory",
+    "offload_dir",
+    "offload_folder",
+    "offload_index",
+    "torch_dtype",
+    "trust_remote_code",
+)
 _WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _WHOLE_MODEL = (
@@ -42,9 +53,11 @@ def is_hub_id(text: str) -> bool:
 def adapter_folder(location: str | Path, *, subfolder: str | None = None, weights: bool = True, **hub: Any) -> Path:
     """The local folder of an adapter, downloaded if `location` is a hub id (`user/name`) and no folder.
 
-    A downloaded folder is of one commit, even if somebody pushes meanwhile. Raises AdapterFileError if there is no
-    such folder or repository, with what to do, and ArgumentError for what is neither.
+    A downloaded folder is of one commit, even if somebody pushes meanwhile. Options that are about the base model
+    (OF_THE_BASE) change nothing. Raises AdapterFileError if there is no such folder or repository, with what to do,
+    and ArgumentError for what is neither.
     """
+    hub = {name: value for name, value in hub.items() if name not in OF_THE_BASE}
     unknown = sorted(set(hub) - set(HUB_OPTIONS))
     if unknown:
         raise AdapterFileError(f"Unknown option {', '.join(unknown)}; for the hub there are {', '.join(HUB_OPTIONS)}.")

@@ -71,6 +71,21 @@ class Conv3d(_NotMade, metaclass=_AdaptedKind):
     kind: ClassVar[type[nn.Module]] = nn.Conv3d
 
 
+class _AdaptedOfName(ABCMeta):
+    """Classes whose instances are the adapted layers of a class of this name, which need not be installed."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Adapted) and cls.__name__ in {one.__name__ for one in type(instance).__mro__}
+
+
+class Linear8bitLt(_NotMade, metaclass=_AdaptedOfName):
+    """Adapted layers of bitsandbytes in 8 bits."""
+
+
+class Linear4bit(_NotMade, metaclass=_AdaptedOfName):
+    """Adapted layers of bitsandbytes in 4 bits."""
+
+
 class PromptLearningConfig(_NotMade):
     """Configs of prompt learning; nothing is one."""
 

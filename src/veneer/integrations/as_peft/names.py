@@ -23,10 +23,12 @@ _BASE_STATE = "get_base_model_state_dict set_base_model_state_dict"
 _PREPARE = "prepare_model_for_kbit_training cast_mixed_precision_params"
 _HOTSWAP = "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap"
 _ERRORS = "PeftError NoMatchingPeftModuleError PeftWarning"
+_QUANTISED = "Linear8bitLt Linear4bit"
 _LAYERS = "LoraLayer Linear Embedding Conv1d Conv2d Conv3d ParamWrapper"
 _WRAPPERS = "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper"
 _ASKED_ABOUT = "PeftMixedModel PromptLearningConfig PrefixTuningConfig"
 _MAPPINGS = "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
+_PREFIXES = "PEFT_TYPE_TO_PREFIX_MAPPING"
 _FILES = "CONFIG_NAME WEIGHTS_NAME SAFETENSORS_WEIGHTS_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND"
 _OTHER = f"{_WRAPPERS} {_FILES} {_PREPARE} _get_submodules infer_device transpose"
 
@@ -35,7 +37,7 @@ HOMES: Mapping[str, str] = {
     name: home
     for home, names in {
         "veneer.integrations.as_peft.classes": f"""
-            BaseTunerLayer {_LAYERS} {_WRAPPERS} {_ASKED_ABOUT} LoHaLayer LoKrLayer
+            BaseTunerLayer {_LAYERS} {_QUANTISED} {_WRAPPERS} {_ASKED_ABOUT} LoHaLayer LoKrLayer
         """,
         "veneer.integrations.as_peft.functions": """
             cast_adapter_dtype check_hotswap_configs_compatible check_if_peft_model delete_adapter
@@ -43,7 +45,7 @@ HOMES: Mapping[str, str] = {
             set_requires_grad transpose
         """,
         "veneer.integrations.as_peft.tables": f"""
-            {_MAPPINGS} {_FILES} {_ERRORS} _get_submodules BaseTuner is_bnb_4bit_available
+            {_MAPPINGS} {_PREFIXES} {_FILES} {_ERRORS} _get_submodules BaseTuner is_bnb_4bit_available
         """,
     }.items()
     for name in names.split()
@@ -66,17 +68,18 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         """,
         "peft.helpers": "check_if_peft_model disable_input_dtype_casting rescale_adapter_scale",
         "peft.import_utils": "is_bnb_available is_bnb_4bit_available",
-        "peft.mapping": f"{_MAPPINGS} get_peft_config get_peft_model inject_adapter_in_model",
+        "peft.mapping": f"{_MAPPINGS} {_PREFIXES} get_peft_config get_peft_model inject_adapter_in_model",
         "peft.mapping_func": "get_peft_model",
         "peft.mixed_model": "PeftMixedModel",
         "peft.optimizers": "create_loraplus_optimizer create_lorafa_optimizer",
-        "peft.peft_model": f"{_MODELS} get_layer_status get_model_status",
+        "peft.peft_model": f"{_MODELS} {_STATE} PeftConfig get_layer_status get_model_status",
         "peft.tuners": f"{_CONFIGS} {_EVA} {_CONVERSION} LoraModel preprocess_loraga",
         "peft.tuners.loha": "LoHaLayer",
         "peft.tuners.loha.layer": "LoHaLayer",
         "peft.tuners.lokr": "LoKrLayer",
         "peft.tuners.lokr.layer": "LoKrLayer",
-        "peft.tuners.lora": f"{_CONFIGS} {_EVA} {_CONVERSION} {_LAYERS} LoraModel preprocess_loraga",
+        "peft.tuners.lora": f"{_CONFIGS} {_EVA} {_CONVERSION} {_LAYERS} {_QUANTISED} LoraModel preprocess_loraga",
+        "peft.tuners.lora.bnb": _QUANTISED,
         "peft.tuners.lora.config": _CONFIGS,
         "peft.tuners.lora.conversion": _CONVERSION,
         "peft.tuners.lora.corda": "preprocess_corda",

@@ -16,6 +16,7 @@ INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 
 PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[PeftType, type[LoraConfig]] = {PeftType.LORA: LoraConfig}
 PEFT_TYPE_TO_TUNER_MAPPING: Mapping[PeftType, type[LoraModel]] = {PeftType.LORA: LoraModel}
+PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {str(task): cls for task, cls in TASK_CLASSES.items()}
 
 PeftError = VeneerError
