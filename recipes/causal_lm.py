@@ -11,7 +11,14 @@ from typing import Any
 
 import addresses
 import tiny_models
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from veneer import LoraConfig, PeftModel, get_peft_model
 

@@ -4,10 +4,10 @@ Model  Llama-2-7B, or any other model with q_proj and v_proj
 Time   that of loading the model; seconds with --tiny
 
 What is written differently from the script as it goes round, and why:
-- `load_in_8bit=True` is refused by transformers 5 (a TypeError): it goes into a BitsAndBytesConfig. `torch_dtype=` is
-  called `dtype=`.
-- The counts printed there (4,194,816 of 3,251,449,856) fit no model. Rank 8 on a layer of 4096 × 4096 is 65,536 numbers;
-  two such layers in each of 32 blocks are 4,194,304, of 6,742,609,920 with the base: 0.06 %, one in 1,600.
+- transformers 5 refuses `load_in_8bit=True` with a TypeError: it goes into a BitsAndBytesConfig. `torch_dtype=` is
+  still read, with a warning: it is called `dtype=` now.
+- The counts printed there (4,194,816 of 3,251,449,856) are not Llama-2-7B's. Rank 8 on a layer of 4096 × 4096 is 65,536
+  numbers; two such layers in each of 32 blocks are 4,194,304, of 6,742,609,920 with the base: 0.06 %, one in 1,600.
 - The last line there asks the config for its modules. A config has none: the trainable parameters are the adapter's.
 """
 

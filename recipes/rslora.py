@@ -4,8 +4,8 @@ Model  SmolLM2-135M-Instruct, or any other causal language model
 Data   one batch of the addresses that come with Veneer
 Time   about a minute on two CPU cores; seconds with --tiny
 
-LoRA adds scale · B A x. With alpha / r the scale falls as the rank grows, and so does what a step can change: at rank 64
-a high rank learns hardly faster than a low one. With alpha / sqrt(r) the first gradient is sqrt(64) = 8 times as long.
+LoRA adds scale · B A x. With alpha / r the scale falls as the rank grows, and so does what a step can change, so that a
+high rank learns hardly faster than a low one. With alpha / sqrt(r) the first gradient is sqrt(64) = 8 times as long.
 """
 
 import argparse

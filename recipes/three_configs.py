@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             losses.append(loss.item())
         assert losses[-1] < losses[0], f"{name}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}."
         model.save_pretrained(f"{options.output}/{name}")
-        trained, _ = model.get_nb_trainable_parameters()
-        found[name] = {"trainable": trained, "loss_before": losses[0], "loss_after": losses[-1]}
+        trained, total = model.get_nb_trainable_parameters()
+        found[name] = {"trainable": trained, "total": total, "loss_before": losses[0], "loss_after": losses[-1]}
     return found
 
 
