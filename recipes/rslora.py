@@ -31,10 +31,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--output", default="adapters/rslora")
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--tiny", action="store_true", help="a tiny random model, offline, in seconds")
     options = parser.parse_args(arguments)
     if options.tiny:
-        options.model = tiny_models.causal_lm()
+        options.model, options.learning_rate = tiny_models.causal_lm(), 1e-3
     set_seed(0)
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             set_peft_model_state_dict(model, start)  # the same A, so that only the scale differs
 
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(parameters, lr=0.02)
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate)
         losses = []
         for step in range(6):
             loss = model(**batch, labels=labels).loss
