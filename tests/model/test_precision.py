@@ -164,3 +164,16 @@ def test_values_that_would_be_infinite_in_the_model_are_refused(way, fields, tmp
     with pytest.raises(AdapterFileError, match="too large for the model"):
         WAYS[way](model, tmp_path)
     assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_weights_in_4_bits_are_counted_number_by_number(storage):
+    """Two of them lie in a byte, and several bytes may lie in one element of what is kept."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    models = []
+    for make in (veneer.get_peft_model, peft.get_peft_model):
+        config = (veneer if make is veneer.get_peft_model else peft).LoraConfig(r=2, target_modules=["0"])
+        base = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 32, quant_storage=storage), nn.Linear(32, 4))
+        models.append(make(base.to("cpu"), config))
+    ours, theirs = (model.get_nb_trainable_parameters() for model in models)
+    assert ours == theirs == (2 * (64 + 32), 2 * (64 + 32) + 64 * 32 + 32 + 32 * 4 + 4)

@@ -11,7 +11,7 @@ from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import check_model, overlay_of
 
 _HALF = (torch.float16, torch.bfloat16)
-_PACKED = ("Params4bit",)  # quantised weights whose container may have a half-precision dtype
+PACKED = ("Params4bit",)  # 4-bit weights, whose container may have a half-precision dtype
 _KEEPS_HALF = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # methods that need the dtypes their model was loaded with
 
 
@@ -38,7 +38,7 @@ def prepare_model_for_kbit_training(
     model.requires_grad_(False)
     if method not in _KEEPS_HALF:
         for parameter in model.parameters():
-            if parameter.dtype in _HALF and type(parameter).__name__ not in _PACKED:
+            if parameter.dtype in _HALF and type(parameter).__name__ not in PACKED:
                 parameter.data = parameter.data.to(torch.float32)
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -70,7 +70,7 @@ def _is_plain(parameter: Tensor) -> bool:
     return (
         parameter.dtype.is_floating_point
         and parameter.dtype.itemsize > 1
-        and type(parameter).__name__ not in _PACKED
+        and type(parameter).__name__ not in PACKED
         and type(parameter.data) is Tensor
     )
 
