@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import tiny
 import veneer
-from veneer.errors import AdapterFileError, AdapterNameError, AttachError, MergeError, TargetError
+from veneer.errors import AdapterNameError, AttachError, MergeError, TargetError
 
 
 def config(*targets: str, **fields) -> veneer.LoraConfig:
@@ -268,14 +268,6 @@ class TestSavingTheBase:
         tiny.shake(model, seed=8)
         model.save_pretrained(tmp_path, state_dict=state)
         assert torch.equal(veneer.PeftModel.from_pretrained(tiny.Stack(), tmp_path)(x), expected)
-
-    def test_options_without_effect_are_refused_in_place(self, tmp_path):
-        from veneer.integrations.transformers import add_adapter
-
-        model = tiny.llama()
-        add_adapter(model, config("q_proj"))
-        with pytest.raises(AdapterFileError, match="push_to_hub"):
-            model.save_pretrained(tmp_path, push_to_hub=True)
 
 
 class TestFilesOfPeft:
