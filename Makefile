@@ -12,11 +12,11 @@ test: .venv/.dev  ## the fast tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 -q
 
 test-slow: .venv/.dev  ## the tests on real models, whole commands and whole programs
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile -q
 
 test-without-peft: .venv-without-peft/.test  ## what other libraries see of Veneer, where PEFT is not installed
 	@! .venv-without-peft/bin/python -c 'import peft' 2>/dev/null || { echo "PEFT is installed there"; exit 1; }
-	OMP_NUM_THREADS=1 .venv-without-peft/bin/python -m pytest -n 2 -q tests/ecosystem tests/integrations
+	OMP_NUM_THREADS=1 .venv-without-peft/bin/python -m pytest -n 2 --dist loadfile -q tests/ecosystem tests/integrations
 
 check: .venv/.dev  ## style and types
 	.venv/bin/ruff check .
