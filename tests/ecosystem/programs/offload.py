@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from fixed_values import digest, fill
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import llama
 from transformers import AutoModelForCausalLM
+
+from tiny import llama
 
 folder = Path(sys.argv[1])
 ways = (False,) if sys.argv[2:] == ["in memory"] else (False, True)
