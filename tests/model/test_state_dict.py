@@ -272,6 +272,7 @@ class TestInjecting:
             other = quietly(peft.inject_adapter_in_model, theirs, tiny.llama(), state_dict=state)
             assert [layer.name for layer in peft.get_layer_status(other)] == names
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_a_compiled_model_is_adapted_inside(self):
         config = veneer.LoraConfig(r=2, target_modules=["q_proj"])
         state = veneer.get_peft_model_state_dict(veneer.inject_adapter_in_model(config, tiny.llama()))
