@@ -6,8 +6,8 @@
     ├── TargetError (ValueError)           names that match nothing, or layers that cannot be adapted
     ├── AdapterNameError (ValueError)      an adapter name that is unknown, taken or not allowed
     ├── AdapterFileError (ValueError)      an adapter folder that is missing, damaged or does not fit
-    ├── AttachError (RuntimeError)         a model in a state in which adapters cannot be attached
-    ├── MergeError (RuntimeError)          a merge that would be wrong
+    ├── AttachError (RuntimeError, ValueError)  a model in a state in which adapters cannot be attached
+    ├── MergeError (RuntimeError, ValueError)   a merge that would be wrong
     ├── AliasError (RuntimeError)          the name `peft` cannot mean Veneer any more in this process
     ├── ArgumentError (TypeError)          an argument of a kind that cannot be meant: a text for a number, say
     ├── DataError (ValueError)             a training row that cannot be used
@@ -47,11 +47,11 @@ class AdapterFileError(VeneerError, ValueError):
     """An adapter folder that is missing, damaged or does not fit the model."""
 
 
-class AttachError(VeneerError, RuntimeError):
+class AttachError(VeneerError, RuntimeError, ValueError):
     """A model in a state in which adapters cannot be attached."""
 
 
-class MergeError(VeneerError, RuntimeError):
+class MergeError(VeneerError, RuntimeError, ValueError):
     """A merge that would give wrong weights."""
 
 

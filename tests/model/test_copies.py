@@ -21,6 +21,7 @@ from veneer.layers import swap
 from veneer.layers.attach import Adapted
 from veneer.model.apply import activate
 from veneer.model.overlay import overlay_of
+from veneer.model.state_dict import LoadResult
 
 FIELDS = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 X = tiny.ids()
@@ -195,7 +196,7 @@ class TestThreads:
         for _ in range(3):
             model = veneer.PeftModel.from_pretrained(tiny.llama(), folders[0], "first")
             results = self.at_once(lambda at, model=model: model.load_adapter(folders[at], f"a{at}"))
-            assert results == [None] * self.THREADS
+            assert results == [LoadResult([], [])] * self.THREADS
             assert set(model.peft_config) == {"first", *(f"a{at}" for at in range(self.THREADS))}
             for at in range(self.THREADS):
                 model.set_adapter(f"a{at}")
@@ -216,9 +217,9 @@ class TestThreads:
     def test_one_name_is_given_once(self, folders):
         model = veneer.PeftModel.from_pretrained(tiny.llama(), folders[0], "first")
         results = self.at_once(lambda at: model.load_adapter(folders[at], "same"))
-        assert results.count(None) == 1
+        assert results.count(LoadResult([], [])) == 1
         assert [type(result) for result in results].count(AdapterNameError) == self.THREADS - 1
-        winner = results.index(None)
+        winner = results.index(LoadResult([], []))
         assert model.peft_config["same"].r == winner + 1
         model.set_adapter("same")
         alone = veneer.PeftModel.from_pretrained(tiny.llama(), folders[winner])

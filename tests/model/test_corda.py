@@ -137,7 +137,7 @@ def test_another_model_may_run_in_its_place():
 
 @pytest.mark.parametrize("field", ["cache_file", "covariance_file"])
 def test_files_are_written_once_and_read_afterwards(field, tmp_path):
-    settings = config(**{field: str(tmp_path / "deep" / "kept.safetensors")})
+    settings = config(**{field: tmp_path / "deep" / "kept.safetensors"})
     base = tiny.llama()
     veneer.preprocess_corda(base, settings, samples(base))
     found = products(veneer.get_peft_model(base, settings).bare)

@@ -272,7 +272,7 @@ def test_what_peft_offers_and_veneer_does_not_is_said():
 
 def test_removing_while_merged_is_refused(model):
     model.merge_adapter()
-    with pytest.raises(MergeError, match="while default is merged"):
+    with pytest.raises(MergeError, match="while it is merged"):
         model.delete_adapter("default")
 
 

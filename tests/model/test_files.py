@@ -213,6 +213,29 @@ def test_loading_under_the_name_of_an_adapter_of_other_settings_is_refused(folde
         model.load_adapter(folder, "default")
 
 
+def test_loading_takes_where_peft_puts_an_adapter_and_says_that_all_keys_fit(folder):
+    places = {"torch_device": "cpu", "device_map": {"": "cpu"}, "max_memory": {"cpu": "1GB"}, "offload_folder": "x"}
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder, **places)
+    result = model.load_adapter(folder, "other", **places)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert model.load_adapter(folder, "other", device_map="auto").missing_keys == []
+    with pytest.raises(AdapterFileError, match="Unknown option devcie_map"):
+        model.load_adapter(folder, "third", devcie_map="auto")
+
+
+def test_loading_leaves_what_was_frozen_of_other_adapters_frozen(folder):
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder, is_trainable=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".lora_A"):
+            parameter.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.load_adapter(folder, "other")
+    after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: after.pop(name) for name in before} == before
+    assert after
+    assert not any(after.values())
+
+
 def test_loading_waits_until_it_is_chosen(folder):
     model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
     model.load_adapter(folder, "b", is_trainable=True)

@@ -272,6 +272,36 @@ class TestPreparing:
         assert_close(model(X).logits, new(X).logits)
 
 
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, groups=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def grouped(folder, rank: int, *, seed: int) -> veneer.PeftModel:
+    torch.manual_seed(0)
+    return made(folder, seed=seed, base=Grouped, r=rank, target_modules=["conv"])
+
+
+def test_factors_in_blocks_are_swapped_at_their_rank_only(tmp_path):
+    same, smaller = grouped(tmp_path / "same", 4, seed=1), grouped(tmp_path / "smaller", 2, seed=2)
+    model, x = grouped(None, 4, seed=0), torch.randn(1, 4, 8, 8)
+    before = model(x)
+    veneer.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert torch.equal(model(x), before)
+    with pytest.raises(AttachError, match="conv: rank 2, and 4 on the model: the factors of conv2d are in blocks"):
+        veneer.hotswap_adapter(model, tmp_path / "smaller")
+    assert torch.equal(model(x), before)
+    veneer.hotswap_adapter(model, tmp_path / "same")
+    assert_close(model(x), same(x))
+    unprepared = grouped(None, 4, seed=0)
+    veneer.hotswap_adapter(unprepared, tmp_path / "smaller")
+    assert_close(unprepared(x), smaller(x))
+
+
 def test_swapping_inside_a_rescaled_block_keeps_the_new_scale(tmp_path):
     model, new = made(), made(tmp_path, seed=4, lora_alpha=3)
     with veneer.rescale_adapter_scale(model, 5):

@@ -58,6 +58,52 @@ def test_merging_twice_or_unmerging_nothing_is_an_error():
         model.merge_adapter()
 
 
+def pair(**fields) -> veneer.PeftModel:
+    model = adapted(**fields)
+    model.add_adapter("other", veneer.LoraConfig(**{**ALL, "r": 3, "init_lora_weights": False}))
+    return model
+
+
+@pytest.mark.parametrize("more", [["other"], ["other", "default"]])
+def test_merging_one_more_is_merging_both_at_once(more):
+    model = pair()
+    before = state(model)
+    model.merge_adapter(["default", "other"])
+    together = state(model)
+    model.unmerge_adapter()
+    model.merge_adapter(["default"])
+    model.merge_adapter(more)
+    assert_same(state(model), together)
+    model.unmerge_adapter()
+    assert_same(state(model), before)
+
+
+def test_one_more_that_cannot_be_merged_leaves_what_was_merged():
+    model = pair()
+    model.merge_adapter(["default"])
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.adapters["other"].lora_B.fill_(float("inf"))
+    before = state(model)
+    with pytest.raises(MergeError, match="NaN or infinity"):
+        model.merge_adapter(["other"])
+    assert_same(state(model), before)
+    with pytest.raises(MergeError, match="'default' is merged already"):
+        model.merge_adapter()
+
+
+def test_deleting_another_adapter_leaves_what_is_merged():
+    model = pair()
+    before = {name: value for name, value in state(model).items() if ".other." not in name}
+    model.merge_adapter(["default"])
+    merged = {name: value for name, value in state(model).items() if ".other." not in name}
+    with pytest.raises(ValueError, match="'default' cannot be removed while it is merged"):
+        model.delete_adapter("default")
+    model.delete_adapter("other")
+    assert_same(state(model), merged)
+    model.unmerge_adapter()
+    assert_same(state(model), before)
+
+
 def test_changing_the_adapter_while_merged_does_not_hurt_the_base():
     model = adapted()
     base = tiny.llama()

@@ -272,6 +272,14 @@ class TestInjecting:
             other = quietly(peft.inject_adapter_in_model, theirs, tiny.llama(), state_dict=state)
             assert [layer.name for layer in peft.get_layer_status(other)] == names
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_a_compiled_model_is_adapted_inside(self):
+        config = veneer.LoraConfig(r=2, target_modules=["q_proj"])
+        state = veneer.get_peft_model_state_dict(veneer.inject_adapter_in_model(config, tiny.llama()))
+        compiled = torch.compile(tiny.llama())
+        assert veneer.inject_adapter_in_model(config, compiled, state_dict=state) is compiled
+        assert veneer.get_peft_model_state_dict(compiled).keys() == state.keys()
+
     def test_keys_that_agree_with_the_config(self):
         model = tiny.shake(ours(modules_to_save=None))
         state = veneer.get_peft_model_state_dict(model)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
+from os import PathLike, fspath
 from typing import Any, ClassVar, TypeVar
 
 from veneer.errors import ConfigError, UnknownFieldError, bullet_list
@@ -44,6 +45,9 @@ class SubConfig:
     rules: ClassVar[Mapping[str, Rule]] = {}
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), PathLike):
+                object.__setattr__(self, field.name, fspath(value))
         problems = [
             f"{name}={getattr(self, name)!r}: {allowed}"
             for name, (right, allowed) in self.rules.items()

@@ -7,7 +7,7 @@ so that one model may run in several at once.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from veneer.layers.attach import CHILD, Adapted, Adapters
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import merged_values
 from veneer.layers.route import Route
+from veneer.layers.weights.dense import stored_as_parameter
 
 
 class ByParameter(nn.Module):
@@ -54,10 +55,13 @@ class ByWeight(Adapted):
         frames = [(module, module._effective()) for module in readers if isinstance(module, ByWeight)]
         outside = _INSIDE.frames
         _INSIDE.frames = (*frames, *outside)
+        held = [(module, _held_back(module, weights)) for module, weights in frames]
         try:
             return super(Adapted, self).forward(*args, **kwargs)
         finally:
             _INSIDE.frames = outside
+            for module, attributes in held:
+                vars(module).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         # torch looks here for parameters: they are no attributes of the instance
@@ -99,14 +103,23 @@ class ByWeight(Adapted):
         return values
 
     def _registered(self, parameter: str) -> Tensor:
-        weight = self._parameters.get(parameter)
-        if weight is None:  # then reading it would not come by `__getattr__`
+        weight = stored_as_parameter(self, parameter)
+        if weight is None:
             raise AttachError(
                 f"{parameter} of {swap.base_class(self).__name__} is no registered parameter any more (under "
                 "torch.nn.DataParallel, or a parametrization), so its adapters would be ignored. Use "
                 "DistributedDataParallel or fully_shard, and parametrize before attaching."
             )
         return weight
+
+
+def _held_back(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Take these attributes off the instance and return them: reading them would not come by `__getattr__`.
+
+    FullyShardedDataParallel puts the gathered weight there for the time of a forward.
+    """
+    own = vars(module)
+    return {name: own.pop(name) for name in names if name in own}
 
 
 class ByWeightAttention(ByWeight):

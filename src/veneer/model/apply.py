@@ -136,7 +136,15 @@ def _carry_out(
         forget_statistics(model, todo.config)
         wait_for_data(model, name)
     protect_checkpointing(model)
-    activate(model, (name,) if first else overlay.route.active)
+    activate(model, (name,)) if first else _let_wait(model, overlay, name)
+
+
+def _let_wait(model: nn.Module, overlay: Overlay, name: str) -> None:
+    """Let a new adapter neither act nor train. The others' gradients stay: who froze a part of one meant it."""
+    for parameter in own_parameters(model, name):
+        parameter.requires_grad_(False)
+    overlay.route.set()
+    place_stand_ins(model, overlay)
 
 
 def _made(
@@ -162,8 +170,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     """Take an adapter off the model. With the last one nothing of Veneer is left on it, and the base is as it was."""
     overlay = overlay_needed(model)
     overlay.check_names([name])
-    if overlay.route.in_weights:
-        raise MergeError(f"Adapter {name!r} cannot be removed while {', '.join(overlay.route.in_weights)} is merged.")
+    if name in overlay.route.in_weights:
+        raise MergeError(f"Adapter {name!r} cannot be removed while it is merged: call unmerge_adapter() first.")
     forget_adapter(model, overlay, name)
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))

@@ -19,6 +19,7 @@ from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.push import push_adapters
 from veneer.model.report import count_parameters, trainable_line
 from veneer.model.restore import DEFAULT, restore
+from veneer.model.state_dict import LoadResult
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.model.teach_trainer import teach_trainer
 from veneer.model.teach_trl import teach_trl
@@ -28,6 +29,9 @@ from veneer.storage.push import check_push_options
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+
+_PLACES = ("torch_device", "device_map", "max_memory", "offload_folder")
 
 
 class PeftModel(AdapterMethods):
@@ -238,10 +242,12 @@ class PeftModel(AdapterMethods):
 
         model_id  an adapter folder, or a hub id with `revision=`, `token=`, `cache_dir=`, … as on the hub
 
+        low_cpu_mem_usage, torch_device, device_map, max_memory and offload_folder are there for PEFT's callers: the
+        adapter goes where its layers are, and the model stays where it is.
         Raises AdapterFileError, ConfigError or TargetError, and then the model is as it was.
         """
         _refuse_second_facade(model)
-        folder = adapter_folder(model_id, subfolder=subfolder, **hub)
+        folder = adapter_folder(model_id, subfolder=subfolder, **_without_places(hub))
         loaded = load_adapter(
             model, adapter_name, folder, trainable=is_trainable, config=config, float32=autocast_adapter_dtype
         )
@@ -259,23 +265,23 @@ class PeftModel(AdapterMethods):
         *,
         subfolder: str | None = None,
         **hub: Any,
-    ) -> None:
+    ) -> LoadResult:
         """Load one more adapter, which waits until `set_adapter`. It goes where its layers are.
 
-        torch_device and low_cpu_mem_usage are there for PEFT's callers.
+        low_cpu_mem_usage, torch_device, device_map, max_memory and offload_folder are there for PEFT's callers.
 
         If there is an adapter of this name and of the same settings, it takes the saved values, as going on with a
         training run needs; what acts stays as it is.
 
+        Returns empty lists of missing and unexpected keys, for PEFT's callers: there being some is an error.
         Raises what `from_pretrained` raises, and AdapterNameError if the name is taken by an adapter of other settings.
         """
-        folder = adapter_folder(model_id, subfolder=subfolder, **hub)
+        folder = adapter_folder(model_id, subfolder=subfolder, **_without_places(hub))
         if adapter_name in self.peft_config:
             restore(self.bare, adapter_name, folder, trainable=is_trainable)
-            return
-        load_adapter(
-            self.get_base_model(), adapter_name, folder, trainable=is_trainable, float32=autocast_adapter_dtype
-        )
+        else:
+            load_adapter(self.bare, adapter_name, folder, trainable=is_trainable, float32=autocast_adapter_dtype)
+        return LoadResult([], [])
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """What each adapted module does. Raises AdapterNameError without an adapter."""
@@ -363,6 +369,11 @@ def get_peft_model(
     return task_class(peft_config)(
         model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, generator=generator
     )
+
+
+def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that say where PEFT puts an adapter."""
+    return {name: value for name, value in options.items() if name not in _PLACES}
 
 
 def _refuse_second_facade(model: nn.Module) -> None:

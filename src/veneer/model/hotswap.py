@@ -156,7 +156,7 @@ def _why_not_padded(adapter: Adapter, site: Site, rank: int) -> str | None:
         return f"it shares the adapter of {site.tied_to} (ensure_weight_tying), and padding that is not available"
     if now == rank:
         return None
-    if site.factors[0][0] != site.rank or site.factors[1][1] != site.rank:
+    if _in_blocks(site):
         return f"the factors of {site.kind.name} are in blocks, and padding those is not available"
     if adapter.start_A is not None:
         return "its start was taken off the base; save and load the adapter first"
@@ -165,8 +165,15 @@ def _why_not_padded(adapter: Adapter, site: Site, rank: int) -> str | None:
     return None
 
 
+def _in_blocks(site: Site) -> bool:
+    """Whether the factors are in blocks, as those of experts and of convolutions with groups: zeros belong in each."""
+    return site.factors[0][0] != site.rank or site.factors[1][1] != site.rank
+
+
 def _padded(adapter: Adapter, rank: int) -> dict[str, Tensor]:
-    """A and B with rows and columns of zeros up to a rank."""
+    """A and B with rows and columns of zeros up to a rank; nothing where they have it."""
+    if adapter.lora_A.shape[0] == rank:
+        return {}
     return {
         "lora_A": _fill(adapter.lora_A, (rank, *adapter.lora_A.shape[1:])),
         "lora_B": _fill(adapter.lora_B, (adapter.lora_B.shape[0], rank, *adapter.lora_B.shape[2:])),
@@ -274,6 +281,11 @@ def _other_form(
         problems.append(
             f"{new.path}: rank {new.rank}, and the model is prepared for {room[0]}: call "
             f"prepare_model_for_compiled_hotswap(model, target_rank={new.rank}) before compiling"
+        )
+    elif _is_prepared(adapter) and _in_blocks(new) and new.rank != old.rank:
+        problems.append(
+            f"{new.path}: rank {new.rank}, and {old.rank} on the model: the factors of {new.kind.name} are in blocks, "
+            "and padding those is not available"
         )
     return problems
 

@@ -44,11 +44,12 @@ def inject_adapter_in_model(
         raise AttachError(f"{type(model).__name__} is a facade over a model already: call its add_adapter.")
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(f"peft_config must be a LoraConfig, not {type(peft_config).__name__}.")
+    inner = model._modules.get("_orig_mod") or model  # of what torch.compile returned
     if state_dict is not None:
-        peft_config = _config_from_keys(peft_config, model, state_dict)
-    add_adapter(model, adapter_name, with_base_name(peft_config, model))
-    activate(model, (adapter_name,))
-    guard_saving(model)
+        peft_config = _config_from_keys(peft_config, inner, state_dict)
+    add_adapter(inner, adapter_name, with_base_name(peft_config, inner))
+    activate(inner, (adapter_name,))
+    guard_saving(inner)
     teach_trainer(PeftModel)
     return model
 

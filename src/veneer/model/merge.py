@@ -25,10 +25,12 @@ from veneer.model.overlay import Overlay, adapters_by_site, as_names, overlay_ne
 def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Fold adapters (the active ones, unless named) into the weights until `unmerge`; returns their names.
 
-    Keeps the base weights, which takes as much memory as the adapted layers. Raises AdapterNameError or MergeError,
-    and then nothing has changed.
+    Those that are merged stay so, as if all had been merged at once. Keeps the base weights, which takes as much memory
+    as the adapted layers. Raises AdapterNameError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
+    if (before := overlay.route.merged) and (more := _besides(overlay, names)):
+        return _merge_besides(model, before, more)
     names = _checked(model, overlay, names)
     with _standing_in(model, overlay, names):
         merged = dict(_merged_parameters(model, names))
@@ -41,6 +43,22 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ..
             overlay.originals[tied, parameter] = kept(layer, parameter)
         put_merged(model, sources, path, parameter, value)
     return names
+
+
+def _besides(overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of the adapters to merge that are not merged yet."""
+    wanted = overlay.route.active if names is None else as_names(names)
+    overlay.check_names(wanted)
+    return tuple(name for name in wanted if name not in overlay.route.in_weights)
+
+
+def _merge_besides(model: nn.Module, before: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    unmerge(model)
+    try:
+        return merge(model, (*before, *more))
+    except BaseException:
+        merge(model, before)
+        raise
 
 
 @one_at_a_time

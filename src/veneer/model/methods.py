@@ -48,6 +48,11 @@ class AdapterMethods(nn.Module):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts: some are active, and they are not disabled."""
+        return bool(self._overlay.route.acting)
+
     def add_adapter(
         self,
         adapter_name: str,
@@ -149,7 +154,7 @@ class AdapterMethods(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active.
 
-        Raises AdapterNameError, or MergeError while an adapter is merged.
+        Raises AdapterNameError, or MergeError while it is merged.
         """
         remove_adapter(self.bare, adapter_name)
         self._tidy()

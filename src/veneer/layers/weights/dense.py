@@ -9,13 +9,28 @@ from veneer.layers.weights.store import Store
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def stored_as_parameter(layer: Layer, parameter: str) -> Tensor | None:
+    """A registered parameter's value; None if there is none of this name, as where it is computed by weight norm.
+
+    Within the forward of a FullyShardedDataParallel that is a view of the gathered weights, no `nn.Parameter`.
+    """
+    weight = layer._parameters.get(parameter)
+    if weight is not None:
+        return weight
+    gathered = vars(layer).get(parameter)  # there alone while a forward is computed again in a backward
+    flat = gathered._base if isinstance(gathered, Tensor) else None
+    return gathered if getattr(flat, "_is_flat_param", False) else None
+
+
 def _holds(layer: Layer, parameter: str) -> bool:
-    weight = layer._parameters.get(parameter)  # not there if it is computed, as under weight norm
-    return type(weight) is nn.Parameter and weight.dtype in DTYPES
+    weight = stored_as_parameter(layer, parameter)
+    return weight is not None and type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES
 
 
 def _read(layer: Layer, parameter: str) -> Tensor:
-    return layer._parameters[parameter]
+    weight = stored_as_parameter(layer, parameter)
+    assert weight is not None
+    return weight
 
 
 def _write(layer: Layer, parameter: str, W: Tensor) -> None:
