@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import tiny
 import veneer
-from veneer.errors import AdapterNameError
+from veneer.errors import AdapterNameError, VeneerWarning
 from veneer.integrations.transformers import add_adapter
 from veneer.layers import swap
 from veneer.layers.attach import Adapted
@@ -253,3 +253,13 @@ class TestThreads:
         for at, value in enumerate(values):
             stored = veneer.load_peft_weights(folders[at])
             assert torch.equal(value, stored["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"])
+
+
+def test_two_adapters_with_a_copy_of_one_module_act_with_a_warning():
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(modules_to_save=["lm_head"]), "a")
+    model.add_adapter("b", veneer.LoraConfig(modules_to_save=["lm_head"]))
+    model.add_adapter("c", veneer.LoraConfig())
+    with pytest.warns(VeneerWarning, match="lm_head is trained in full .* the copy of 'b', .* that of a does not"):
+        model.set_adapter(["a", "b"])
+    model.set_adapter(["a", "c"])
+    model.set_adapter(["b"])

@@ -37,6 +37,8 @@ def tidied(name: str, value: Any) -> Any:
             return [value]
         case "target_modules", str() if value.lower() == ALL_LINEAR:
             return ALL_LINEAR
+        case "init_lora_weights", str():
+            return value.lower()  # programs write "OLoRA" as well as "olora"
         case "rank_pattern" | "alpha_pattern", None:
             return {}
         case "lora_alpha", float() if value.is_integer():

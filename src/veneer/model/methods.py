@@ -128,6 +128,7 @@ class AdapterMethods(nn.Module):
             self.unmerge_adapter()
         if inference_mode:
             self.set_requires_grad(names, False)
+        _warn_of_rivals(self._overlay, names)
         activate(self.bare, names)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
@@ -249,3 +250,17 @@ class AdapterMethods(nn.Module):
     def _refuse_without_adapters(self, what: str) -> None:
         if not self.peft_config:
             raise AdapterNameError(f"There is nothing to {what}: the model has no adapter.")
+
+
+def _warn_of_rivals(overlay: Overlay, names: Sequence[str]) -> None:
+    """Say whose copy of a module acts, where several of these adapters train it in full."""
+    owner = {path: name for name in names for path in overlay.resolutions[name].saved}
+    rivals = sorted({name for name in names for path in overlay.resolutions[name].saved if owner[path] != name})
+    if rivals:
+        paths = sorted(path for path in owner if sum(path in overlay.resolutions[name].saved for name in names) > 1)
+        warnings.warn(
+            f"{', '.join(paths)} is trained in full (modules_to_save) by several of the adapters that are to act. Of "
+            f"these the copy of {owner[paths[0]]!r}, the last one named, acts; that of {', '.join(rivals)} does not.",
+            VeneerWarning,
+            stacklevel=3,
+        )
