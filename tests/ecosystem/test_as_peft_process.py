@@ -29,6 +29,8 @@ def test_the_processes_that_a_program_spawns_have_the_alias():
     found = run("process.py", "a", "--b=c")
     assert found["spawned"] == ["__mp_main__", veneer.__version__, 3, "fixed_values"]
     assert found["workers"] == [veneer.__version__] * 2
+    assert found["reloaded"] == [True, True, veneer.__version__]
+    assert found["found again"] == ["peft", "peft.tuners.lora", True, True]
     assert found["arguments"] == ["a", "--b=c"]
     assert found["document"].startswith("What a program sees")
     assert found["file"]

@@ -3,7 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 import veneer
 from veneer.errors import AliasError
 from veneer.integrations.as_peft import install_as_peft, names
+from veneer.integrations.as_peft.metadata import Finder
 from veneer.integrations.as_peft.modules import made
 
 LIBRARIES = ("transformers", "trl", "accelerate", "diffusers", "sentence_transformers")
@@ -61,6 +62,16 @@ def test_a_public_name_is_veneers_own():
     assert modules["peft"].__veneer__ == veneer.__version__
     assert "LoraConfig" in dir(modules["peft"])
     assert modules["peft"].__all__ == list(names.MODULES["peft"])
+
+
+def test_the_finder_answers_with_the_modules_of_the_alias_and_no_other():
+    modules = made()
+    finder = Finder(modules)
+    spec = finder.find_spec("peft.tuners.lora")
+    assert spec is not None
+    assert module_from_spec(spec) is modules["peft.tuners.lora"]
+    assert finder.find_spec("peft.tuners.vera") is None
+    assert finder.find_spec("torch") is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import tiny
 import veneer
-from veneer.errors import AdapterFileError, AdapterNameError
+from veneer.errors import AdapterFileError, AttachError, MergeError
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -166,8 +166,10 @@ class TestCheckpoints:
         trainer(make(), tmp_path).train()
         other = make(r=2)
         before = trained(other)
-        with pytest.raises(AdapterNameError, match="r: 2 on the model, 4 in"):
+        with pytest.raises(AdapterFileError, match="cannot go on from .*checkpoint-6") as caught:
             trainer(other, tmp_path).train(resume_from_checkpoint=True)
+        assert "r: 2 on the model, 4 in" in str(caught.value)
+        assert "hotswap" not in str(caught.value)
         assert_equal(trained(other), before)
 
     def test_a_folder_without_a_checkpoint_is_refused_as_ever(self, make, tmp_path):
@@ -357,6 +359,23 @@ def test_injected_adapters_are_saved_and_go_on(tmp_path):
     assert_equal(trained(again), trained(whole))
     again.save_pretrained(tmp_path / "base")
     assert (tmp_path / "base" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Nothing here can be trained")
+@pytest.mark.parametrize("make", DOORS)
+def test_it_says_why_nothing_can_be_trained(make, tmp_path):
+    made = make()
+    made.save_pretrained(tmp_path / "saved")
+    if make is facade:
+        frozen = veneer.PeftModel.from_pretrained(tiny.llama(), tmp_path / "saved")
+    else:
+        frozen = tiny.llama()
+        veneer.load_adapter(frozen, tmp_path / "saved")
+    with pytest.raises(AttachError, match=r"adapter 'default' is frozen.* is_trainable=True"):
+        trainer(frozen, tmp_path).train()
+    veneer.LoraModel(made if make is in_place else made.get_base_model()).merge_adapter()
+    with pytest.raises(MergeError, match=r"'default' is merged: call unmerge_adapter\(\)"):
+        trainer(made, tmp_path).train()
 
 
 def test_other_models_are_saved_and_resumed_as_ever(tmp_path):

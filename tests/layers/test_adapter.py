@@ -163,7 +163,7 @@ def test_dropout_of_linear_is_that_of_the_plain_formula(rule):
         assert_close(found, plain + update)
     else:
         V = layer.weight + 0.7 * adapter.lora_B @ adapter.lora_A
-        gain = adapter.lora_magnitude / V.norm(dim=1)
+        gain = adapter.lora_magnitude_vector / V.norm(dim=1)
         assert_close(found, plain + (gain - 1) * (kept @ layer.weight.T) + gain * update)
 
 
@@ -208,7 +208,7 @@ def test_the_norm_is_a_constant_and_other_gradients_are_exact(name, rule):
     adapter.zero_grad()
     W_OI = adapter.kind.to_matrix(layer.weight.detach()) + adapter.scale * product(adapter.lora_A, adapter.lora_B)
     if rule == "dora":
-        W_OI = W_OI * (adapter.lora_magnitude / W_OI.detach().norm(dim=1)).unsqueeze(1)
+        W_OI = W_OI * (adapter.lora_magnitude_vector / W_OI.detach().norm(dim=1)).unsqueeze(1)
     weight = adapter.kind.from_matrix(W_OI, layer.weight.shape)
     functional_call(bare, {"weight": weight}, x).square().sum().backward()
     for gradient, parameter in zip(found, adapter.parameters(), strict=True):

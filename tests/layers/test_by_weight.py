@@ -110,7 +110,7 @@ def test_dora_scales_the_rows_of_each_matrix(parameter):
     module = adapted(parameter, dora=True)
     W, adapter = getattr(module, parameter), adapter_on(module, "a", parameter)
     updated = (W + by_hand(adapter, W)).reshape(-1, W.shape[-1])
-    expected = adapter.lora_magnitude.unsqueeze(1) * updated / updated.norm(dim=1, keepdim=True)
+    expected = adapter.lora_magnitude_vector.unsqueeze(1) * updated / updated.norm(dim=1, keepdim=True)
     assert_close(merged_weight(W, [adapter]), expected.reshape(W.shape))
     base = Experts().double()
     getattr(base, parameter).data = expected.detach().reshape(W.shape)

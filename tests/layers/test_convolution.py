@@ -65,7 +65,7 @@ def test_the_output_is_that_of_the_plain_formula(way, dimensions, dora):
     delta = 0.75 * (adapter.lora_B.flatten(1) @ adapter.lora_A.flatten(1)).reshape(layer.weight.shape)
     W = bare.weight + delta
     if dora:
-        W = W * (adapter.lora_magnitude / W.flatten(1).norm(dim=1)).reshape(-1, *(1,) * (dimensions + 1))
+        W = W * (adapter.lora_magnitude_vector / W.flatten(1).norm(dim=1)).reshape(-1, *(1,) * (dimensions + 1))
     with torch.no_grad():
         for rows in (x, x[0]):
             assert_close(ours(rows), functional_call(bare, {"weight": W}, rows), rtol=1e-11, atol=1e-11)
@@ -166,7 +166,7 @@ def test_dropout_is_that_of_the_plain_formula(dora):
         return functional_call(bare, {"weight": W, "bias": torch.zeros(5, dtype=torch.float64)}, kept)
 
     if dora:
-        gain = (adapter.lora_magnitude / (bare.weight + delta).flatten(1).norm(dim=1)).reshape(-1, 1, 1)
+        gain = (adapter.lora_magnitude_vector / (bare.weight + delta).flatten(1).norm(dim=1)).reshape(-1, 1, 1)
         expected = bare(x) + (gain - 1) * plain(bare.weight) + gain * plain(delta)
     else:
         expected = bare(x) + plain(delta)

@@ -142,7 +142,7 @@ def test_an_embed_scale_multiplies_the_update(cls, dora):
     layer, _, _, update = parts(ours)
     W = bare.weight + update
     if dora:
-        W = W * layer.adapters["default"].lora_magnitude / W.norm(dim=0)
+        W = W * layer.adapters["default"].lora_magnitude_vector / W.norm(dim=0)
     with torch.no_grad():
         expected = ours(IDS)
         assert_close(expected, 2.5 * W[IDS])

@@ -196,6 +196,20 @@ def test_a_config_edited_in_place_is_not_saved(tmp_path):
         model.save_pretrained(tmp_path / "x")
 
 
+def test_an_adapter_without_values_is_not_saved(tmp_path):
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS)).to("meta")
+    with pytest.raises(AdapterFileError, match="meta device") as caught:
+        model.save_pretrained(tmp_path / "x")
+    assert "q_proj.lora_A.weight" in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_shapes_a_base_checkpoint_may_be_said_and_changes_nothing(folder, tmp_path):
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    model.save_pretrained(tmp_path / "x", save_function=torch.save, max_shard_size="1GB")
+    assert load_file(tmp_path / "x" / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
+
+
 def test_a_failed_load_leaves_the_other_adapters_alone(folder):
     model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
     before = model(tiny.ids()).logits

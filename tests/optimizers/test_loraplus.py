@@ -70,9 +70,9 @@ def test_what_is_in_which_group():
             {
                 "first.adapters.default.lora_B",
                 "second.adapters.default.lora_B",
-                "first.adapters.default.lora_magnitude",
-                "second.adapters.default.lora_magnitude",
-                "tokens.adapters.default.lora_magnitude",
+                "first.adapters.default.lora_magnitude_vector",
+                "second.adapters.default.lora_magnitude_vector",
+                "tokens.adapters.default.lora_magnitude_vector",
             },
         ),
         (

@@ -45,5 +45,5 @@ def gradients(model: Any) -> dict[str, Any]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             key = name.replace(".default", "").replace(".modules_to_save", "")
-            found[key.removesuffix(".weight") if "lora_magnitude" in key else key] = parameter.grad
+            found[key.removesuffix(".weight") if "lora_magnitude_vector" in key else key] = parameter.grad
     return found

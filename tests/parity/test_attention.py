@@ -192,8 +192,8 @@ def test_dora_scales_the_rows_of_all_three_projections():
     attention = model.get_base_model().blocks[1]["attn"]
     adapter = adapter_on(attention, "default", "in_proj_weight")
     updated = base.blocks[1]["attn"].in_proj_weight + 3 * adapter.lora_B @ adapter.lora_A
-    assert adapter.lora_magnitude.shape == (3 * WIDTH,)
-    expected = adapter.lora_magnitude.unsqueeze(1) * updated / updated.norm(dim=1, keepdim=True)
+    assert adapter.lora_magnitude_vector.shape == (3 * WIDTH,)
+    expected = adapter.lora_magnitude_vector.unsqueeze(1) * updated / updated.norm(dim=1, keepdim=True)
     assert_close(attention._effective()["in_proj_weight"], expected)
 
 

@@ -45,7 +45,7 @@ class Adapter(Resident):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
-    lora_magnitude: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
     lora_dropout: nn.Dropout
     start_A: Tensor | None
     start_B: Tensor | None
@@ -73,7 +73,7 @@ class Adapter(Resident):
         self.lora_A = nn.Parameter(factors.A, requires_grad="A" not in frozen)
         self.lora_B = nn.Parameter(factors.B, requires_grad="B" not in frozen)
         self.register_parameter("lora_bias", None if bias is None else nn.Parameter(bias))
-        self.register_parameter("lora_magnitude", None if magnitude is None else nn.Parameter(magnitude))
+        self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
         self.register_buffer("start_A", None if start is None else start.A)
         self.register_buffer("start_B", None if start is None else start.B)
 
@@ -129,10 +129,10 @@ class Adapter(Resident):
 
     def gain(self, base: Tensor, delta: Tensor) -> Tensor:
         """What DoRA multiplies each output by, of shape (O,); `base` as for `merged`, `delta` the update of it."""
-        assert self.lora_magnitude is not None
+        assert self.lora_magnitude_vector is not None
         with torch.no_grad():
             norms_O = self.kind.row_norms(base + delta)
-        return dora.gain(self.lora_magnitude.to(base.dtype), norms_O)
+        return dora.gain(self.lora_magnitude_vector.to(base.dtype), norms_O)
 
     def bias_delta(self, dtype: torch.dtype) -> Tensor | None:
         """What the adapter adds to the layer's bias, of shape (O,); None if nothing."""
@@ -165,7 +165,7 @@ def _add_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
 
 
 def _dora_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: Layer, p: float) -> Tensor:
-    kind, m_O = adapter.kind, adapter.lora_magnitude
+    kind, m_O = adapter.kind, adapter.lora_magnitude_vector
     A, B = adapter.factors()
     assert m_O is not None
     W = read(layer).to(A.dtype)

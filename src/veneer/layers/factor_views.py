@@ -163,9 +163,9 @@ VIEWS: dict[str, View] = {
     "lora_embedding_A": View(lambda adapter: adapter.lora_A, _put("lora_A"), _embeds),
     "lora_embedding_B": View(lambda adapter: adapter.lora_B, _put("lora_B"), _embeds),
     "lora_magnitude_vector": View(
-        lambda adapter: _part(adapter, weight="lora_magnitude"),
-        _put("lora_magnitude"),
-        lambda adapter: adapter.lora_magnitude is not None,
+        lambda adapter: _part(adapter, weight="lora_magnitude_vector"),
+        _put("lora_magnitude_vector"),
+        lambda adapter: adapter.lora_magnitude_vector is not None,
     ),
     "lora_dropout": View(_Dropout),
     "r": View(lambda adapter: adapter.lora_A.shape[0] // adapter.kind.matrices),

@@ -100,7 +100,7 @@ def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter], orig
     bias = read(layer, "bias")
     total = torch.zeros_like(bias, dtype=_exact(bias))
     for adapter in adapters:
-        if adapter.lora_magnitude is not None:
+        if adapter.lora_magnitude_vector is not None:
             base = _base(layer, adapters, read(layer, parameter) if original is None else original)
             total = total * adapter.gain(base, adapter.delta(base.shape, base.dtype))
         if (delta := adapter.bias_delta(total.dtype)) is not None:

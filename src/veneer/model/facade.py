@@ -25,7 +25,7 @@ from veneer.model.teach_trainer import teach_trainer
 from veneer.model.teach_trl import teach_trl
 from veneer.model.tuner import LoraModel
 from veneer.storage.hub import adapter_folder
-from veneer.storage.push import check_push_options
+from veneer.storage.push import check_push_options, less_of_whole_models
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -140,7 +140,8 @@ class PeftModel(AdapterMethods):
                               `push_to_hub` takes
 
         A model card, README.md, lies beside the adapter; what you wrote into it stays (`create_or_update_model_card`).
-        path_initial_model_for_weight_conversion is there for PEFT's callers; the start is remembered, not read.
+        path_initial_model_for_weight_conversion is there for PEFT's callers; the start is remembered, not read. So are
+        `save_function` and `max_shard_size` for those of accelerate and transformers.
 
         Each folder is replaced in one step. Raises AdapterNameError or AdapterFileError.
         """
@@ -158,6 +159,7 @@ class PeftModel(AdapterMethods):
         if not is_main_process:
             return
         overlay_needed(self.bare).check_names(names)
+        hub = less_of_whole_models(hub)
         if hub and not push_to_hub:
             raise ArgumentError(f"save_pretrained takes {', '.join(sorted(hub))} only with push_to_hub=True.")
         check_push_options(hub)

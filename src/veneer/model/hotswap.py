@@ -296,7 +296,7 @@ def _values(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor]) -> dict
     for part, key in site_keys(site).items():
         own: Tensor = getattr(adapter, part)
         value = tensors[key].to(own.device, own.dtype)
-        value = value.flatten() if part == "lora_magnitude" else value
+        value = value.flatten() if part == "lora_magnitude_vector" else value
         fill = _is_prepared(adapter) and value.shape != own.shape
         values[part] = _fill(value, own.shape) if fill else value
     return values
@@ -307,7 +307,7 @@ def _silent(part: nn.Module, site: Site, adapter: Adapter) -> dict[str, Tensor]:
     values = {name: torch.zeros_like(own) for name, own in adapter.named_parameters()}
     if site.dora:
         W = read(part.get_submodule(site.path), site.parameter).detach().to(adapter.lora_A.dtype)
-        values["lora_magnitude"] = site.kind.row_norms(W)
+        values["lora_magnitude_vector"] = site.kind.row_norms(W)
     return values
 
 

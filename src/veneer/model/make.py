@@ -93,7 +93,7 @@ def saved_adapter(
         Factors(values["lora_A"], values["lora_B"]),
         scale=site.scale,
         dropout=site.dropout,
-        magnitude=values["lora_magnitude"].flatten() if site.dora else None,
+        magnitude=values["lora_magnitude_vector"].flatten() if site.dora else None,
         bias=values.get("lora_bias"),
         start=start,
         frozen=FROZEN.get(str(config.init_lora_weights), ()),

@@ -35,11 +35,20 @@ def restore(model: nn.Module, name: str, folder: Path, *, trainable: bool = Fals
     Raises AdapterNameError if its settings are others, AdapterFileError if the file is damaged or does not fit,
     MergeError while it is merged; and then nothing has changed.
     """
+    if differing := _differing(model, name, folder):
+        headline = (
+            f"The model has an adapter {name!r} already, of other settings. Choose another name, delete that one, or "
+            "put the new one in its place with hotswap_adapter:"
+        )
+        raise AdapterNameError(bullet_list(headline, differing))
+    _take_values(model, name, folder, trainable=trainable)
+
+
+def _take_values(model: nn.Module, name: str, folder: Path, *, trainable: bool = False) -> None:
     overlay = overlay_needed(model)
     overlay.check_names([name])
     if name in overlay.route.merged:
         raise MergeError(f"Adapter {name!r} is merged: call unmerge_adapter() before giving it other values.")
-    _check_settings(overlay.configs[name], name, folder)
     tensors = read_checked(model, name, folder)
     own = adapter_tensors(model, name)
     check_range(folder, tensors, {key: value.dtype for key, value in own.items()})
@@ -49,20 +58,18 @@ def restore(model: nn.Module, name: str, folder: Path, *, trainable: bool = Fals
         follow_route(model, overlay)
 
 
-def _check_settings(config: LoraConfig, name: str, folder: Path) -> None:
+def _differing(model: nn.Module, name: str, folder: Path) -> list[str]:
+    """The settings that differ between adapter `name` and the one in a folder, a line each."""
+    overlay = overlay_needed(model)
+    overlay.check_names([name])
+    config = overlay.configs[name]
     saved = LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
     mine = doubled(config) if takes_off_its_start(config) and not takes_off_its_start(saved) else config
-    differing = [
+    return [
         f"{field}: {getattr(mine, field)!r} on the model, {getattr(saved, field)!r} in {folder}"
         for field in _SETTINGS
         if getattr(mine, field) != getattr(saved, field)
     ]
-    if differing:
-        headline = (
-            f"The model has an adapter {name!r} already, of other settings. Choose another name, delete that one, or "
-            "put the new one in its place with hotswap_adapter:"
-        )
-        raise AdapterNameError(bullet_list(headline, differing))
 
 
 def restore_all(model: nn.Module, by_facade: bool, folder: Path) -> bool:
@@ -70,7 +77,8 @@ def restore_all(model: nn.Module, by_facade: bool, folder: Path) -> bool:
 
     by_facade  it was written by a PeftModel: every adapter in its place. Otherwise by a model in place: the active one
 
-    Raises AdapterFileError if an adapter that trains is not there, and what `restore` raises.
+    Raises AdapterFileError if an adapter that trains is not there, its settings are others, its file is damaged or
+    does not fit; MergeError while it is merged.
     """
     overlay = overlay_needed(model)
     places = (
@@ -85,8 +93,11 @@ def restore_all(model: nn.Module, by_facade: bool, folder: Path) -> bool:
         raise AdapterFileError(f"{folder} has no values for adapter {', '.join(map(repr, lacking))}.")
     if not by_facade and len(there) > 1:
         raise AdapterFileError(f"{folder} holds one adapter, and {len(there)} are active: call set_adapter with one.")
+    if differing := [line for name, place in there.items() for line in _differing(model, name, place)]:
+        headline = f"Training cannot go on from {folder}: make the model with the settings that were trained there."
+        raise AdapterFileError(bullet_list(headline, differing))
     for name, place in there.items():
-        restore(model, name, place)
+        _take_values(model, name, place)
     return True
 
 

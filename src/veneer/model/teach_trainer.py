@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.errors import AdapterFileError
+from veneer.errors import AdapterFileError, AttachError, MergeError
 from veneer.model.files import save_adapter
 from veneer.model.overlay import overlay_needed, overlay_of
 from veneer.model.pretrained import SAVE, is_guarded
@@ -38,6 +38,7 @@ def teach_trainer(facade: type[nn.Module]) -> None:
     def trains(module: ModuleType) -> None:
         knows(module)
         _save_facades(facade, module)
+        _say_why_nothing_trains(facade, module)
         _go_on(facade, module)
 
     for name, tell in ((_UTILITIES, knows), (_NEFTUNE, knows), (_TRAINER, trains)):
@@ -66,6 +67,36 @@ def _save_facades(facade: type[nn.Module], module: Any) -> None:
     theirs = vars(module).get("PeftModel", ())
     module.PeftModel = (facade, theirs)
     module.is_peft_available = lambda: True
+
+
+def _say_why_nothing_trains(facade: type[nn.Module], module: Any) -> None:
+    """Let Trainer refuse a model of which nothing trains in words, and not by autograd's at the first step."""
+
+    def make(theirs: Callable[..., Any]) -> Callable[..., Any]:
+        def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+            found = _adapted(facade, self.model)
+            if found is not None:
+                _check_trains(found[0], self.model)
+            return theirs(self, *args, **kwargs)
+
+        return train
+
+    stand_before(module.Trainer, "train", make)
+
+
+def _check_trains(adapted: nn.Module, whole: nn.Module) -> None:
+    """Raise MergeError if an adapter that acts is merged, AttachError if no parameter trains."""
+    route = overlay_needed(adapted).route
+    if merged := [name for name in route.active if name in route.merged]:
+        raise MergeError(
+            f"Nothing is trained while adapter {merged[0]!r} is merged: call unmerge_adapter() before training."
+        )
+    if not any(parameter.requires_grad for parameter in whole.parameters()):
+        names = ", ".join(map(repr, route.active)) or "none is active"
+        raise AttachError(
+            f"Nothing here can be trained: adapter {names} is frozen. Load it with is_trainable=True to go on training "
+            "it, or call set_requires_grad(name, True)."
+        )
 
 
 def _go_on(facade: type[nn.Module], module: Any) -> None:

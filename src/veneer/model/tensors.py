@@ -29,7 +29,7 @@ def site_keys(site: Site) -> dict[str, str]:
     if site.bias:
         names["lora_bias"] = keys.factor_bias(path)
     if site.dora:
-        names["lora_magnitude"] = keys.magnitude(path)
+        names["lora_magnitude_vector"] = keys.magnitude(path)
     return names
 
 
@@ -38,7 +38,7 @@ def site_shapes(site: Site) -> dict[str, tuple[int, ...]]:
     shape_A, shape_B = site.factors
     if site.kind is TIED_HEAD:
         shape_A, shape_B = shape_A[::-1], shape_B[::-1]
-    return {"lora_A": shape_A, "lora_B": shape_B, "lora_bias": site.shape[:1], "lora_magnitude": site.magnitude}
+    return {"lora_A": shape_A, "lora_B": shape_B, "lora_bias": site.shape[:1], "lora_magnitude_vector": site.magnitude}
 
 
 def without_padding(value: Tensor, part: str, site: Site) -> Tensor:

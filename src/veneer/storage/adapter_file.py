@@ -114,6 +114,12 @@ def read_tensors(folder: Path, names: Iterable[str], *, device: str = "cpu") -> 
             tensors = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file} cannot be read: {error}") from None
+    if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise AdapterFileError(
+            bullet_list(
+                f"Not saved to {folder}: these tensors lie on the meta device, without values:", shortened(absent)
+            )
+        )
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterFileError(
@@ -157,12 +163,18 @@ def write_adapter(
     beside  called with the folder that holds them and is about to take the old one's place, to add files of its own
 
     Whatever happens, the folder holds the old adapter or the new one. Other files of the folder stay; a pickle of an
-    older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite,
+    older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite or not there,
     or if the files cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise AdapterFileError(
+            bullet_list(
+                f"Not saved to {folder}: these tensors lie on the meta device, without values:", shortened(absent)
+            )
+        )
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterFileError(

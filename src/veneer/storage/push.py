@@ -1,7 +1,7 @@
 """A folder to the Hugging Face hub, in one commit."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+_OF_WHOLE_MODELS = (
+    "max_shard_size",
+    "safe_serialization",
+    "variant",
+    "save_peft_format",
+    "save_original_format",
+    "save_function",
+)
 
 
 def push_saved(
@@ -40,13 +48,17 @@ def push_saved(
             raise AdapterFileError(why_not_pushed(repository, error, shown)) from None
 
 
+def less_of_whole_models(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that only shape a whole model's files."""
+    return {name: value for name, value in options.items() if name not in _OF_WHOLE_MODELS}
+
+
 def check_push_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options of an upload among those of a caller of PEFT; what only shapes a whole model's files goes.
 
     Raises AdapterFileError naming those that do not exist.
     """
-    of_whole_models = ("max_shard_size", "safe_serialization", "variant", "save_peft_format", "save_original_format")
-    given = {name: value for name, value in options.items() if name not in of_whole_models}
+    given = less_of_whole_models(options)
     if unknown := sorted(set(given) - {*PUSH_OPTIONS, "repo_id", "tags"}):
         raise AdapterFileError(
             f"Unknown option {', '.join(unknown)}; to push there are repo_id, tags, {', '.join(PUSH_OPTIONS)}."

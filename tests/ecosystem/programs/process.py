@@ -1,5 +1,6 @@
 """What a program sees of its own process under the alias, and what the processes see that it spawns."""
 
+import importlib
 import importlib.metadata
 import io
 import json
@@ -41,6 +42,9 @@ if __name__ == "__main__":
     written.seek(0)
     again = torch.load(written, weights_only=False)
     x = torch.ones(1, 4)
+    reloaded = importlib.reload(peft)
+    forgotten = [sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "peft"]
+    found_again = [importlib.import_module(name).__name__ for name in ("peft", "peft.tuners.lora")]
     files = [str(vars(module).get("__file__")) for module in list(sys.modules.values())]
     found = {
         "arguments": sys.argv[1:],
@@ -50,6 +54,8 @@ if __name__ == "__main__":
         "pickled": [pickle.loads(pickle.dumps(LoraConfig(r=3))) == LoraConfig(r=3), torch.equal(model(x), again(x))],
         "version": importlib.metadata.version("peft"),
         "real": sum("site-packages/peft/" in file for file in files),
+        "reloaded": [reloaded is peft, peft.LoraConfig is LoraConfig, peft.__veneer__],
+        "found again": [*found_again, sys.modules["peft"] is peft, len(forgotten) > 2],
         "spawned": spawned,
         "workers": workers,
     }

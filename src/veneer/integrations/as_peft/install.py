@@ -38,8 +38,9 @@ def install_as_peft(*, quiet: bool = False) -> None:
             f"{', '.join(early)} looked for PEFT already. Call veneer.install_as_peft() before importing it, or start "
             "the program by `python -m veneer.as_peft program.py`."
         )
-    sys.modules.update(made())
-    sys.meta_path.insert(0, Finder())
+    modules = made()
+    sys.modules.update(modules)
+    sys.meta_path.insert(0, Finder(modules))
     _forget_that_there_is_none()
     when_imported("transformers.integrations.peft", _let_models_adapt)
     if not quiet:

@@ -1,10 +1,12 @@
-"""The distribution `peft`, for libraries that ask `importlib.metadata` which version is installed."""
+"""Where `import` finds the modules of the alias, and `importlib.metadata` the version that libraries ask for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from email.message import Message
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from veneer._version import __version__
@@ -33,12 +35,29 @@ class VeneerAsPeft(Distribution):
 
 
 class Finder(DistributionFinder):
-    """Finds the distribution `peft` and nothing else. The modules are in `sys.modules` and need no finder."""
+    """Finds the distribution `peft`, and the modules of the alias where a program reloads or forgets them."""
+
+    def __init__(self, modules: Mapping[str, ModuleType]) -> None:
+        self.modules = modules
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """None: no module comes from here."""
-        return None
+        """How to get a module of the alias; None for any other."""
+        module = self.modules.get(fullname)
+        return None if module is None else ModuleSpec(fullname, _There(module), origin=module.__file__, is_package=True)
 
     def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Any]:  # noqa: B008
         """The one distribution, if it is asked for, or all are."""
         return [VeneerAsPeft()] if context.name is None or context.name.lower() == NAME else []
+
+
+class _There(Loader):
+    """Hands out a module that is there; loading it anew changes nothing."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass

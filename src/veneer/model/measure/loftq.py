@@ -141,7 +141,7 @@ def _fitted(layer: Layer, site: Site, adapter: Adapter, original: Tensor) -> lis
         return None
     factors = fit(site.kind.to_matrix(rest), site.rank, scale=site.scale)
     A, B = (X.to(dtype).reshape(shape) for X, shape in zip(factors, site.factors, strict=True))
-    if adapter.lora_magnitude is None:
+    if adapter.lora_magnitude_vector is None:
         return [A, B]
     total = W + site.kind.weight_delta(A.to(W.dtype), B.to(W.dtype), site.scale, W.shape)
     return [A, B, site.kind.row_norms(total).to(dtype)]
@@ -157,7 +157,7 @@ def _write(adapter: Adapter, values: Sequence[Tensor]) -> None:
 
 
 def _parameters(adapter: Adapter) -> list[nn.Parameter]:
-    magnitude = adapter.lora_magnitude
+    magnitude = adapter.lora_magnitude_vector
     return [adapter.lora_A, adapter.lora_B, *([] if magnitude is None else [magnitude])]
 
 
