@@ -18,7 +18,7 @@ from veneer.layers import swap
 from veneer.model.apply import activate, one_at_a_time, set_enabled
 from veneer.model.apply import add_adapter as _add_adapter
 from veneer.model.batch import serving
-from veneer.model.facade import PeftModel
+from veneer.model.facade import teach_libraries
 from veneer.model.files import load_adapter as _load_adapter
 from veneer.model.files import save_adapter
 from veneer.model.from_state import load_adapter_state
@@ -35,8 +35,6 @@ from veneer.model.pretrained import with_base_name
 from veneer.model.push import push_adapters
 from veneer.model.restore import DEFAULT
 from veneer.model.state_dict import get_peft_model_state_dict
-from veneer.model.teach_trainer import teach_trainer
-from veneer.model.teach_trl import teach_trl
 from veneer.model.tuner import LoraModel
 from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
@@ -288,8 +286,7 @@ def _teach(model: nn.Module, name: str) -> None:
     """Let the model's methods know its adapters, and let this one act."""
     if not isinstance(model, AdaptedModel):
         swap.place(model, _front_for(type(model)))
-    teach_trainer(PeftModel)
-    teach_trl(PeftModel)
+    teach_libraries()
     activate(model, (name,))
 
 

@@ -79,8 +79,7 @@ class PeftModel(AdapterMethods):
     def _hold(self, model: nn.Module) -> None:
         self.base_model = LoraModel(model)
         guard_saving(model)
-        teach_trainer(PeftModel)
-        teach_trl(PeftModel)
+        teach_libraries()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward, with the active adapters, or with those of each row (`LoraModel`)."""
@@ -374,6 +373,12 @@ def get_peft_model(
 def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options without those that say where PEFT puts an adapter."""
     return {name: value for name, value in options.items() if name not in _PLACES}
+
+
+def teach_libraries() -> None:
+    """Let the trainers of transformers and TRL know models with adapters (decision 0007)."""
+    teach_trainer(PeftModel)
+    teach_trl(PeftModel)
 
 
 def _refuse_second_facade(model: nn.Module) -> None:

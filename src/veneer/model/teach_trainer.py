@@ -18,12 +18,12 @@ from veneer.model.files import save_adapter
 from veneer.model.overlay import overlay_needed, overlay_of
 from veneer.model.pretrained import SAVE, is_guarded
 from veneer.model.restore import restore_all
+from veneer.model.wrapped import inwards
 from veneer.on_import import stand_before, when_imported
 
 _UTILITIES = "transformers.trainer_utils"
 _NEFTUNE = "transformers.integrations.neftune"
 _TRAINER = "transformers.trainer"
-_TOLD: set[str] = set()
 
 
 def teach_trainer(facade: type[nn.Module]) -> None:
@@ -41,9 +41,7 @@ def teach_trainer(facade: type[nn.Module]) -> None:
         _go_on(facade, module)
 
     for name, tell in ((_UTILITIES, knows), (_NEFTUNE, knows), (_TRAINER, trains)):
-        if name not in _TOLD:
-            _TOLD.add(name)
-            when_imported(name, tell)
+        when_imported(name, tell)
 
 
 def _answer_for(facade: type[nn.Module], module: ModuleType) -> None:
@@ -111,13 +109,12 @@ def _go_on(facade: type[nn.Module], module: Any) -> None:
 
 def _adapted(facade: type[nn.Module], model: Any) -> tuple[nn.Module, bool] | None:
     """(the model with the adapters, whether a facade has written them), looked for in what may be around it."""
-    while isinstance(model, nn.Module):
-        if isinstance(model, facade):
-            bare: Any = model
+    for one in inwards(model):
+        if isinstance(one, facade):
+            bare: Any = one
             return (bare.get_base_model(), True) if bare.peft_config else None
-        if overlay_of(model) is not None:
-            return model, False
-        model = next((model._modules[name] for name in ("_orig_mod", "module") if name in model._modules), None)
+        if overlay_of(one) is not None:
+            return one, False
     return None
 
 
