@@ -14,7 +14,7 @@ from veneer.layers.attach import Adapted, Adapters
 from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.apply import one_at_a_time
-from veneer.model.files import check_repeats_base
+from veneer.model.belongs import check_repeats_base
 from veneer.model.merge import base_in_place
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapted_part, overlay_needed, overlay_of

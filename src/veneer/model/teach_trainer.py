@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from veneer.errors import AdapterFileError
 from veneer.model.files import save_adapter
-from veneer.model.overlay import overlay_needed, overlay_of
+from veneer.model.overlay import overlay_of, sole_active
 from veneer.model.pretrained import SAVE, is_guarded
 from veneer.model.restore import restore_all
 from veneer.model.wrapped import inwards
@@ -127,11 +126,9 @@ def _injected_saved(model: nn.Module) -> Iterator[None]:
         return
 
     def save(folder: str, *, state_dict: Any = None, is_main_process: bool = True) -> None:
-        active = overlay_needed(model).route.active
-        if len(active) != 1:
-            raise AdapterFileError(f"Not saved to {folder}: one adapter is saved at a time, {len(active)} are active.")
+        name = sole_active(model, f"Not saved to {folder}")
         if is_main_process:
-            save_adapter(model, active[0], Path(folder), state=state_dict)
+            save_adapter(model, name, Path(folder), state=state_dict)
 
     vars(model)[SAVE] = save
     try:
