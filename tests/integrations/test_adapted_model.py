@@ -158,7 +158,7 @@ class TestLoading:
             AdaptedModel.load_adapter(model)
 
     def test_where_options_for_the_hub_may_be(self, folders, monkeypatch):
-        from veneer.integrations import transformers
+        from veneer.integrations import saved_adapter
 
         folder, _ = folders
         seen = []
