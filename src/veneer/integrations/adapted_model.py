@@ -25,10 +25,9 @@ from veneer.model.hotswap import prepare_model_for_compiled_hotswap
 from veneer.model.merge import disable
 from veneer.model.methods import AdapterMethods
 from veneer.model.model_card import card_of_model
-from veneer.model.overlay import overlay_of, sole_active
+from veneer.model.overlay import DEFAULT, overlay_of, sole_active
 from veneer.model.pretrained import with_base_name
 from veneer.model.push import push_adapters
-from veneer.model.restore import DEFAULT
 from veneer.model.state_dict import get_peft_model_state_dict
 from veneer.model.tuner import LoraModel
 

@@ -9,7 +9,7 @@ from veneer.config import LoraConfig
 from veneer.integrations.adapted_model import lay_new_over, let_act, refuse_other_door
 from veneer.model.apply import one_at_a_time
 from veneer.model.files import load_adapter as load_from_folder
-from veneer.model.restore import DEFAULT
+from veneer.model.overlay import DEFAULT
 from veneer.storage.hub import adapter_folder
 
 

@@ -11,10 +11,10 @@ from veneer.config import LoraConfig, TaskType
 from veneer.errors import AdapterNameError, AttachError, ConfigError, VeneerWarning
 from veneer.model.apply import add_adapter
 from veneer.model.files import load_adapter
-from veneer.model.overlay import overlay_of
+from veneer.model.overlay import DEFAULT, overlay_of
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.report import count_parameters, trainable_line
-from veneer.model.restore import DEFAULT, restore
+from veneer.model.restore import restore
 from veneer.model.saving_methods import SavingMethods
 from veneer.model.state_dict import LoadResult
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status

@@ -19,7 +19,7 @@ from veneer.model.apply import carry_out, one_at_a_time
 from veneer.model.belongs import check_config_belongs, check_rank, check_repeats_base, check_tied, note_of
 from veneer.model.card import base_of, write_card
 from veneer.model.make import saved_dtypes
-from veneer.model.overlay import adapters_by_site, overlay_needed
+from veneer.model.overlay import DEFAULT, adapters_by_site, overlay_needed
 from veneer.model.plan import plan
 from veneer.model.renamed.file import RenamedFile, read_renamed
 from veneer.model.start import (
@@ -55,7 +55,6 @@ from veneer.storage.header import Header
 from veneer.targets import Resolution, resolve
 from veneer.targets.saved import read_by_ending
 
-DEFAULT = "default"  # the adapter that lies in the folder itself, as in PEFT
 NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -20,7 +20,7 @@ from veneer.layers.attach import adapter_on
 from veneer.layers.weights import read
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
-from veneer.model.overlay import Overlay, adapted_part, adapters_by_site, overlay_needed
+from veneer.model.overlay import DEFAULT, Overlay, adapted_part, adapters_by_site, overlay_needed
 from veneer.model.renamed.state import adapter_of_today
 from veneer.model.start import takes_off_its_start
 from veneer.model.state_dict import check_state, checked_values, with_prefix
@@ -36,7 +36,7 @@ _ALIKE = ("trainable_token_indices", "layer_replication", "ensure_weight_tying",
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | Path,
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
     torch_device: Any = None,
     *,
     subfolder: str | None = None,

@@ -18,6 +18,7 @@ from veneer.layers.weights.offloaded import Elsewhere
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
 
+DEFAULT = "default"  # what an adapter is called unless named; in a folder it lies in the main one, as in PEFT
 _ATTRIBUTE = "_veneer_overlay"
 _CONFIGS = "peft_config"
 

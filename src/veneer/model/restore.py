@@ -7,8 +7,8 @@ from torch import nn
 from veneer.config import LoraConfig, config_in
 from veneer.errors import AdapterFileError, AdapterNameError, MergeError, bullet_list
 from veneer.model.apply import follow_route, one_at_a_time
-from veneer.model.files import DEFAULT, read_checked
-from veneer.model.overlay import overlay_needed
+from veneer.model.files import read_checked
+from veneer.model.overlay import DEFAULT, overlay_needed
 from veneer.model.start import doubled, takes_off_its_start
 from veneer.model.tensors import adapter_tensors, check_range, copy_tensors
 from veneer.storage.adapter_file import WEIGHTS_FILE
