@@ -22,7 +22,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file.write_text("def answer():\n    return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    plain = [finder for finder in sys.meta_path if type(finder).__name__ != "AssertionRewritingHook"]
+    monkeypatch.setattr(sys, "meta_path", plain)
     monkeypatch.setattr(on_import, "_WAITING", {})
     monkeypatch.setattr(on_import, "_ASKED", set())
     monkeypatch.setitem(sys.modules, NAME, sys)  # so that it is put back to what it was: absent

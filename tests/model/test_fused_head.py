@@ -111,13 +111,6 @@ def test_lora_on_the_head_is_welcome_where_the_head_is_called():
         assert model.get_output_embeddings() is model.lm_head
 
 
-def test_an_invoked_adapter_has_its_copy_on_all_tokens():
-    model = facade(modules_to_save=["lm_head"], alora_invocation_tokens=[int(X[0, 2])])
-    shift(model)
-    with serving(model.get_base_model(), (X,), {}):
-        assert_close(logits(model.get_base_model(), fused=True), logits(model.get_base_model()))
-
-
 def test_rows_with_adapters_of_their_own_are_refused():
     model = facade(modules_to_save=["lm_head"]).eval()
     model.add_adapter("b", config(modules_to_save=["lm_head"]))
