@@ -13,7 +13,8 @@ FILES = sorted(HOUSE.rglob("*.py"))
 # Optimizers stand below model: they ask a model for its adapters and configs, and no model asks for an optimizer.
 # They stand above the edge, for they work in any training loop and know no trainer.
 ROOMS = (
-    ("errors", "suggest", "on_import", "_version"),
+    ("errors", "suggest", "_version"),
+    ("on_import",),
     ("functional",),
     ("storage",),
     ("config",),

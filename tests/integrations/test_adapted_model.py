@@ -14,7 +14,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 import tiny
 import veneer
 from veneer.errors import AdapterFileError, AdapterNameError, ArgumentError, AttachError, ConfigError, MergeError
-from veneer.integrations.transformers import AdaptedModel
+from veneer.integrations.adapted_model import AdaptedModel
 
 
 def config(r=4, **options):
@@ -158,7 +158,7 @@ class TestLoading:
             AdaptedModel.load_adapter(model)
 
     def test_where_options_for_the_hub_may_be(self, folders, monkeypatch):
-        from veneer.integrations import transformers
+        from veneer.integrations import saved_adapter
 
         folder, _ = folders
         seen = []
@@ -167,7 +167,7 @@ class TestLoading:
             seen.append((location, subfolder, hub))
             return folder / "a"
 
-        monkeypatch.setattr(transformers, "adapter_folder", resolved)
+        monkeypatch.setattr(saved_adapter, "adapter_folder", resolved)
         loaded = LoadStateDictConfig(download_kwargs={"revision": "x", "token": None, "subfolder": ""})
         AdaptedModel.load_adapter(
             tiny.llama(), "me/it", load_config=loaded, adapter_kwargs={"token": "t"}, local_files_only=True

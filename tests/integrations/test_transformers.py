@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import tiny
 import veneer
 from veneer.errors import AdapterFileError
-from veneer.integrations.transformers import AdaptedModel, add_adapter, load_adapter
+from veneer.integrations.adapted_model import AdaptedModel
+from veneer.integrations.transformers import add_adapter, load_adapter
 
 CONFIG = veneer.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
 

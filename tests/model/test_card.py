@@ -8,7 +8,8 @@ import tiny
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import AdapterNameError
 from veneer.integrations.transformers import add_adapter
-from veneer.model.card_loading import VLLM_RANKS
+from veneer.model.card_loading import VLLM_RANKS, refused_by_vllm
+from veneer.model.contents import contents_of
 
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
@@ -82,6 +83,13 @@ def test_a_card_is_renewed_and_keeps_what_was_written_into_it(tmp_path):
     assert "| rank (`r`) | 6 |" in again.text
     assert "| rank (`r`) | 4 |" not in again.text
     assert again.text.endswith("## How it behaves\n\nWell.\n")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"])
+def test_a_start_that_changes_the_base_is_not_for_vllm(start):
+    contents = contents_of({}, {})
+    assert refused_by_vllm({"r": 4, "init_lora_weights": start}, contents) == ["a start that changes the base"]
+    assert refused_by_vllm({"r": 4, "init_lora_weights": "gaussian"}, contents) == []
 
 
 def test_a_link_is_not_followed(tmp_path):

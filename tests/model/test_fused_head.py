@@ -75,6 +75,23 @@ def test_it_reads_the_weight_that_acts(door, case):
     assert "get_output_embeddings" not in vars(model)
 
 
+def test_of_several_copies_it_reads_the_one_that_acts():
+    model = facade(modules_to_save=["lm_head"])
+    model.add_adapter("other", config(modules_to_save=["lm_head"]))
+    for names in (["default", "other"], ["other", "default"]):
+        model.base_model.set_adapter(names)
+        shift(model)
+        assert_close(logits(model, fused=True), logits(model))
+
+
+def test_rows_of_a_head_leave_its_bias():
+    model = tiny.llama(tied=True)
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
+    add_adapter(model, config(trainable_token_indices=[3, 9]))
+    shift(model)
+    assert_close(logits(model, fused=True), logits(model))
+
+
 def test_without_adapters_it_reads_the_base():
     model = facade(modules_to_save=["lm_head"])
     shift(model)
@@ -86,6 +103,12 @@ def test_lora_on_the_head_is_refused():
     model = facade(target_modules=["q_proj", "lm_head"])
     with pytest.raises(AttachError, match="TRL multiplies by lm_head.weight itself"):
         logits(model, fused=True)
+
+
+def test_lora_on_the_head_is_welcome_where_the_head_is_called():
+    model = facade(target_modules=["q_proj", "lm_head"]).get_base_model()
+    with readable_head(model, {"fused_lm_head": False}), readable_head(model, {}):
+        assert model.get_output_embeddings() is model.lm_head
 
 
 def test_rows_with_adapters_of_their_own_are_refused():

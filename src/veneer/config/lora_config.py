@@ -279,7 +279,12 @@ class LoraConfig:
         Raises AdapterFileError if there is none, ConfigError if it cannot be used.
         """
         folder = adapter_folder(pretrained_model_name_or_path, subfolder=subfolder, weights=False, **hub)
-        return cls.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
+        return config_in(folder)
+
+
+def config_in(folder: Path) -> LoraConfig:
+    """The config of the adapter in a folder. Raises AdapterFileError if there is none, ConfigError if it is no use."""
+    return LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
 
 
 def rank_and_alpha(config: LoraConfig, path: str) -> tuple[int, float]:

@@ -9,7 +9,7 @@ import torch
 from veneer.config import LoraConfig, TaskType
 from veneer.errors import ArgumentError, ConfigError, VeneerWarning
 from veneer.model.facade import PeftModel, task_class
-from veneer.model.overlay import overlay_needed
+from veneer.model.overlay import DEFAULT, overlay_needed
 from veneer.model.renamed.file import read_renamed
 from veneer.storage import keys
 from veneer.storage.adapter_file import CONFIG_FILE, read_config, read_tensors, read_weights_header
@@ -41,7 +41,7 @@ class AutoPeftModel:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT,
         is_trainable: bool = False,
         config: LoraConfig | None = None,
         revision: str | None = None,

@@ -6,17 +6,17 @@ by each layer for its own. PEFT's meaning of the names: https://huggingface.co/d
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.errors import AdapterNameError, AttachError, MergeError, VeneerWarning
+from veneer.errors import AttachError, MergeError, VeneerWarning
 from veneer.layers import swap
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import MergedHere, merge_here, unmerge_here
 from veneer.layers.offered import offered, offered_method, offered_state
-from veneer.layers.route import Route
+from veneer.layers.route import Route, as_names
 from veneer.layers.twin import bare_twin
 
 _ON_THE_MODEL = "on the model (LoraModel(model), or the PeftModel)"
@@ -45,7 +45,7 @@ class RouteNames:
         Raises AttachError if an adapter concerned replaces weights of the base, which the model must do; MergeError
         while others are merged.
         """
-        names = _as_names(adapter_names)
+        names = as_names(adapter_names)
         route, there = self._veneer_route, _all_names(self)
         known = tuple(dict.fromkeys(name for name in names if name in there))
         if names and not known:
@@ -104,7 +104,7 @@ class RouteNames:
     @offered_method
     def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters train, on this layer at once. Those that are not on it are passed over."""
-        for name in _as_names(adapter_names):
+        for name in as_names(adapter_names):
             if name in self._veneer_route.trainable:
                 self._veneer_route.trainable[name] = requires_grad
             for parameter in _trained(self, name):
@@ -153,7 +153,7 @@ class WeightNames(RouteNames):
         Raises MergeError, and then nothing has changed; AttachError if an adapter replaces weights of the base.
         """
         route = self._veneer_route
-        names = list(route.active) if adapter_names is None else _as_names(adapter_names)
+        names = list(route.active) if adapter_names is None else as_names(adapter_names)
         mine = [name for name in names if name in _table(self) and name not in _merged(self)]
         if not mine:
             return
@@ -207,13 +207,6 @@ def adapters_called(layer: Layer, name: str) -> list[Any]:
 
 def _all_names(layer: Layer) -> set[str]:
     return {*layer._veneer_route.trainable, *_table(layer).keys()}
-
-
-def _as_names(names: str | Iterable[str]) -> list[str]:
-    found = [names] if isinstance(names, str) else list(names)
-    if strange := [name for name in found if not isinstance(name, str)]:
-        raise AdapterNameError(f"The name of an adapter is a text, not {strange[0]!r}.")
-    return found
 
 
 def _trained(layer: Layer, name: str) -> Iterator[nn.Parameter]:

@@ -4,7 +4,8 @@ look at.
 Shapes: N rows of a batch, T tokens; `...` any further dimensions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.errors import AttachError, MergeError
+from veneer.errors import AdapterNameError, AttachError, MergeError
 
 BASE = "__base__"  # where rows name their adapters: none
+
+
+def as_names(names: str | Iterable[str]) -> list[str]:
+    """One name or several, as a list. Raises AdapterNameError if they are no names."""
+    found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    strange = [name for name in found if not isinstance(name, str)]
+    if strange:
+        raise AdapterNameError(f"The name of an adapter is a text, not {reprlib.repr(strange[0])}.")
+    return found
 
 
 @dataclass(frozen=True, eq=False)

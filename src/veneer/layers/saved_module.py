@@ -42,11 +42,8 @@ class Saved(RouteNames, swap.Front):
         steps = [step for step in self._veneer_route.plan if step.part is not None and step.part.rows is not None]
         if steps:
             return self._by_parts(steps, *args, **kwargs)
-        for name in reversed(self._veneer_route.acting):
-            if name in self.modules_to_save:
-                settle(self.modules_to_save[name])
-                return self.modules_to_save[name](*args, **kwargs)
-        return super().forward(*args, **kwargs)
+        copy = acting_copy(self)
+        return super().forward(*args, **kwargs) if copy is None else copy(*args, **kwargs)
 
     @offered
     def original_module(self: Any) -> nn.Module:
@@ -79,6 +76,16 @@ class SavedSequential(Saved):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def acting_copy(module: Saved) -> nn.Module | None:
+    """The copy that stands in for the module now, that of the last adapter which has one; None if it is itself."""
+    for name in reversed(module._veneer_route.acting):
+        if name in module.modules_to_save:
+            copy = module.modules_to_save[name]
+            settle(copy)
+            return copy
+    return None
 
 
 def is_saved(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from veneer._version import __version__
 from veneer.model.card_loading import how_to_load
 from veneer.model.contents import Contents, contents_of, scale_of
+from veneer.model.tensors import adapter_tensors
 from veneer.storage.adapter_file import read_config, read_weights_header
 from veneer.storage.card import CARD_FILE, may_be_written, read_card, section, updated, with_metadata
 from veneer.storage.hub import is_hub_id
@@ -42,11 +43,12 @@ class Base:
     quantised: str | None = None
 
 
-def base_of(model: nn.Module, own: int) -> Base:
-    """What a card says of a model that has `own` numbers of adapters on it."""
+def base_of(model: nn.Module, name: str) -> Base:
+    """What the card of adapter `name` says of the model under it."""
     config: Any = getattr(model, "config", None)
     quantised: Any = getattr(config, "quantization_config", None)
     method = getattr(quantised, "quant_method", None)
+    own = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
     return Base(
         numbers=sum(parameter.numel() for parameter in model.parameters()) - own,
         of_transformers=type(model).__module__.startswith("transformers.") or hasattr(config, "model_type"),

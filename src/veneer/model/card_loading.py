@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from veneer.config.init_names import SUBTRACTING, known_init, split_name
 from veneer.model.contents import Contents
 
 # The ranks that `vllm serve --max-lora-rank` takes.
@@ -45,10 +46,14 @@ def refused_by_vllm(config: Mapping[str, Any], contents: Contents) -> list[str]:
         "adapters on parameters": config.get("target_parameters"),
         "activated LoRA": config.get("alora_invocation_tokens"),
         "replicated layers": config.get("layer_replication"),
-        "a start that changes the base": config.get("init_lora_weights") in ("pissa", "olora", "corda", "loftq"),
+        "a start that changes the base": _changes_the_base(config.get("init_lora_weights")),
         f"a rank above {VLLM_RANKS[-1]}": _highest_rank(config, contents) > VLLM_RANKS[-1],
     }
     return [what for what, there in found.items() if there]
+
+
+def _changes_the_base(start: Any) -> bool:
+    return isinstance(start, str) and known_init(start) and split_name(start)[0] in (*SUBTRACTING, "loftq")
 
 
 def _by_peft(config: Mapping[str, Any], where: str, subfolder: str, base: str) -> str:

@@ -8,6 +8,7 @@ from math import prod, sqrt
 from typing import Any, Protocol
 
 from veneer.config.patterns import matches, matches_end, pattern_fault
+from veneer.storage.keys import PREFIX
 
 FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
 FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
@@ -149,7 +150,7 @@ def _add_line(lines: dict[str, tuple[int, int]], name: str, numbers: int) -> Non
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+    return name.removeprefix(PREFIX)
 
 
 def scale_of(rank: Any, alpha: Any, *, rslora: bool) -> float | None:

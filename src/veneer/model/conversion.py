@@ -21,7 +21,7 @@ from veneer.model.apply import plain_base
 from veneer.model.config_for import config_for
 from veneer.model.extraction import ExtractedLora, LayerFit, check_sites, factor_tensors, named_errors, shown
 from veneer.model.methods import AdapterMethods
-from veneer.model.overlay import adapters_by_site, overlay_needed
+from veneer.model.overlay import DEFAULT, adapters_by_site, overlay_needed
 from veneer.model.start import START
 from veneer.model.tensors import adapter_tensors, site_keys
 from veneer.model.updates import difference_made, is_product, update_of, why_not_update
@@ -31,7 +31,7 @@ from veneer.targets import Site
 def convert_to_lora(
     model: nn.Module,
     rank: int | float,
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
     progressbar: bool = False,
     compile_kwargs: None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -54,7 +54,7 @@ def save_as_lora(
     path: str | Path,
     model: nn.Module,
     rank: int | float,
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
     progressbar: bool = False,
     compile_kwargs: None = None,
 ) -> ExtractedLora:

@@ -1,6 +1,5 @@
 """Between a model and an adapter folder: save one, load one; everything is checked before anything changes."""
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -8,19 +7,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from veneer._version import __version__
-from veneer.config import LoraConfig
+from veneer.config import LoraConfig, config_in
 from veneer.errors import AdapterFileError, ConfigError, VeneerWarning, bullet_list, check_kind, shortened
 from veneer.layers.replication import replicated
 from veneer.layers.saved_module import original_state
 from veneer.layers.swap import base_class
 from veneer.model.apply import carry_out, one_at_a_time
+from veneer.model.belongs import check_config_belongs, check_rank, check_repeats_base, check_tied, note_of
 from veneer.model.card import base_of, write_card
 from veneer.model.make import saved_dtypes
-from veneer.model.overlay import adapters_by_site, overlay_needed
+from veneer.model.overlay import DEFAULT, adapters_by_site, overlay_needed
 from veneer.model.plan import plan
 from veneer.model.renamed.file import RenamedFile, read_renamed
 from veneer.model.start import (
@@ -41,15 +40,13 @@ from veneer.model.tensors import (
     site_keys,
     stack_sizes,
     tensors_from_state,
-    tied_keys,
 )
 from veneer.storage import keys
 from veneer.storage.adapter_file import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
+    Expected,
     check_header,
     check_integrity,
-    read_config,
     read_tensors,
     read_weights_header,
     write_adapter,
@@ -58,11 +55,6 @@ from veneer.storage.header import Header
 from veneer.targets import Resolution, resolve
 from veneer.targets.saved import read_by_ending
 
-# What the numbers of an adapter go with. The weights file carries these too, so that an edited or exchanged
-# adapter_config.json is noticed.
-_TRAINED_WITH = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-_NOTE = "veneer_trained_with"
-DEFAULT = "default"  # the adapter that lies in the folder itself, as in PEFT
 NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -88,17 +80,7 @@ def save_adapter(
     overlay.check_names([name])
     tensors = adapter_tensors(model, name) if state is None else tensors_from_state(model, name, state)
     expected = expected_tensors(model, overlay.resolutions[name])
-    wrong = [
-        f"{key}: {list(tensors[key].shape) if key in tensors else 'missing'}, expected {list(needed.shape)}"
-        for key, needed in expected.items()
-        if key not in tensors or tuple(tensors[key].shape) != needed.shape
-    ]
-    if wrong:
-        raise AdapterFileError(
-            bullet_list(
-                f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):", shortened(wrong)
-            )
-        )
+    _refuse_incomplete(folder, tensors, expected)
     config = overlay.configs[name]
     config.check_unedited()
     if any(adapter.is_rescaled() for _, adapter in adapters_by_site(model, name)):
@@ -115,9 +97,19 @@ def save_adapter(
         check_start_can_be_redone(config, f"Not saved to {folder}")
         kept = {key: kept[key] for key in expected}
     if card is not None:
-        own = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
-        card = {"base": base_of(model, own), **card}
+        card = {"base": base_of(model, name), **card}
     write_values(folder, config, kept, card=card)
+
+
+def _refuse_incomplete(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Expected]) -> None:
+    wrong = [
+        f"{key}: {list(tensors[key].shape) if key in tensors else 'missing'}, expected {list(needed.shape)}"
+        for key, needed in expected.items()
+        if key not in tensors or tuple(tensors[key].shape) != needed.shape
+    ]
+    if wrong:
+        headline = f"Not saved to {folder}: these values are incomplete (sharded and not gathered?):"
+        raise AdapterFileError(bullet_list(headline, shortened(wrong)))
 
 
 def save_adapters(
@@ -135,8 +127,7 @@ def save_adapters(
     for name, place in places.items():
         save_adapter(model, name, folder / place, state=state, plain=plain, card=None if place else card)
     if DEFAULT not in places:
-        own = sum(tensor.numel() for tensor in adapter_tensors(model, names[0]).values())
-        write_card(folder, base=base_of(model, own), **card)
+        write_card(folder, base=base_of(model, names[0]), **card)
 
 
 def write_values(
@@ -151,7 +142,7 @@ def write_values(
     card  what the card says besides (`write_card`); None: write no card. Raises AdapterFileError.
     """
     check_kind(folder, (str, os.PathLike), "The folder to save to")
-    notes = {"veneer_version": __version__, _NOTE: json.dumps(_trained_with(config))}
+    notes = {"veneer_version": __version__, **note_of(config)}
     target = Path(folder)
 
     def beside(stage: Path) -> None:
@@ -185,15 +176,15 @@ def load_adapter(
     Raises ConfigError, TargetError, AdapterNameError or AdapterFileError, and then nothing has changed.
     """
     if config is None:
-        config = LoraConfig.from_dict(read_config(folder), source=str(Path(folder) / CONFIG_FILE))
+        config = config_in(folder)
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a LoraConfig or None, not {type(config).__name__}.")
     config = config.changed(inference_mode=not trainable)
     if takes_off_its_start(config):
         check_start_can_be_redone(config, f"{folder} cannot be loaded")
     header = read_weights_header(folder)
-    _check_config_belongs(folder, config, header)
-    _check_rank(folder, config, header)
+    check_config_belongs(folder, config, header)
+    check_rank(folder, config, header)
     renamed = _read_renamed(model, folder, config, header)
     config = renamed.config if renamed else config
     config = _saved_as_in_peft(model, config, renamed.header if renamed else header)
@@ -213,9 +204,9 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
     overlay = overlay_needed(model)
     header, config, resolution = read_weights_header(folder), overlay.configs[name], overlay.resolutions[name]
     if not takes_off_its_start(config):
-        _check_config_belongs(folder, config, header)
+        check_config_belongs(folder, config, header)
         return _checked_tensors(model, folder, resolution, header)
-    _check_config_belongs(folder, doubled(config), header)
+    check_config_belongs(folder, doubled(config), header)
     halves = {site_keys(site)[part] for site in resolution.sites for part in ("lora_A", "lora_B")}
     return split(_checked_tensors(model, folder, resolution, header, halves), halves, stack_sizes(resolution))
 
@@ -226,8 +217,8 @@ def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[Lora
     Attaches nothing. Raises TargetError or AdapterFileError.
     """
     header = read_weights_header(folder)
-    _check_config_belongs(folder, config, header)
-    _check_rank(folder, config, header)
+    check_config_belongs(folder, config, header)
+    check_rank(folder, config, header)
     renamed = _read_renamed(model, folder, config, header)
     config = renamed.config if renamed else config
     config = _saved_as_in_peft(model, config, renamed.header if renamed else header)
@@ -265,7 +256,7 @@ def _checked_tensors(
     check_integrity(folder, header, tensors)
     tensors = tensors if renamed is None else renamed.values(tensors)
     check_repeats_base(model, str(Path(folder) / WEIGHTS_FILE), tensors, repeated, replaced_rows(resolution))
-    _check_tied(folder, tensors, resolution)
+    check_tied(folder, tensors, resolution)
     return {key: tensors[key] for key in expected}
 
 
@@ -275,88 +266,3 @@ def _saved_as_in_peft(model: nn.Module, config: LoraConfig, header: Header) -> L
     whole = {path: original_state(model.get_submodule(path)) for path in modules}
     found = [p for p, state in whole.items() if state and all(keys.saved(p, name) in header.tensors for name in state)]
     return config.changed(modules_to_save=[*(config.modules_to_save or []), *found]) if found else config
-
-
-def _trained_with(config: LoraConfig) -> dict[str, Any]:
-    return {field: getattr(config, field) for field in _TRAINED_WITH}
-
-
-def _as_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with patterns as lists of pairs: the first key that matches counts, so their order does."""
-    return {field: list(value.items()) if isinstance(value, dict) else value for field, value in settings.items()}
-
-
-def _check_config_belongs(folder: Path, config: LoraConfig, header: Header) -> None:
-    note = header.metadata.get(_NOTE)
-    if note is None:
-        return
-    recorded, now = _as_pairs(json.loads(note)), _as_pairs(_trained_with(config))
-    differing = [
-        f"{field}: trained with {json.loads(note)[field]!r}, the config says {getattr(config, field)!r}"
-        for field in _TRAINED_WITH
-        if field in recorded and recorded[field] != now[field]
-    ]
-    if differing:
-        raise AdapterFileError(
-            bullet_list(
-                f"{folder}: the weights were trained with other settings than the config says:",
-                [
-                    *differing,
-                    "A and B were trained for one factor of their product (lora_alpha / r). With twice the lora_alpha "
-                    "the update has twice the influence it was trained to have: outputs change at once, and further "
-                    "training starts from a jump in the loss that can make it unstable.",
-                    "Put the recorded setting back. To use an update more or less strongly on purpose, load it as it "
-                    "is and call set_scale(adapter_name, factor); for another lora_alpha train a new adapter.",
-                ],
-            )
-        )
-
-
-def _check_rank(folder: Path, config: LoraConfig, header: Header) -> None:
-    """Say in one line that every rank differs, instead of listing every tensor."""
-    ranks = {info.shape[0] for key, info in header.tensors.items() if key.endswith("lora_A.weight") and info.shape}
-    if not config.rank_pattern and not config.target_parameters and len(ranks) == 1 and ranks != {config.r}:
-        raise AdapterFileError(
-            f"{folder}: {CONFIG_FILE} says r={config.r}, {WEIGHTS_FILE} holds rank {ranks.pop()}. They belong to two "
-            "different adapters."
-        )
-
-
-def check_repeats_base(
-    model: nn.Module,
-    source: str,
-    tensors: Mapping[str, Tensor],
-    repeated: Mapping[str, str | None],
-    replaced: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-) -> None:
-    """Base weights in an adapter file must be this base's: PEFT adds them for embeddings and output heads.
-
-    replaced  rows that need not be, by parameter name, since the adapter has its own in their place
-    """
-    for key, parameter_name in repeated.items():
-        if key not in tensors or parameter_name is None:
-            continue
-        own, given = model.state_dict()[parameter_name], tensors[key]
-        if parameter_name in replaced and own.shape == given.shape:
-            given = given.index_copy(
-                0, rows := torch.tensor(replaced[parameter_name]), own.detach().cpu()[rows].to(given)
-            )
-        if own.shape != given.shape or not torch.equal(own.detach().cpu(), given.to(own.dtype)):
-            raise AdapterFileError(
-                f"{source} brings its own {parameter_name} {list(given.shape)}, which differs "
-                f"from this model's {list(own.shape)}: it was trained over a base with other or resized embeddings."
-            )
-
-
-def _check_tied(folder: Path, tensors: Mapping[str, Tensor], resolution: Resolution) -> None:
-    """What tied modules share is in the file once for each, and must be the same."""
-    apart = [key for key, source, seen in tied_keys(resolution) if not torch.equal(tensors[key], seen(tensors[source]))]
-    if apart:
-        raise AdapterFileError(
-            bullet_list(
-                f"{Path(folder) / WEIGHTS_FILE}: ensure_weight_tying is set, but these are not what the modules they "
-                "are tied to have: they were trained apart (PEFT loses the tie of a half-precision base). To load "
-                "them as they are, give a config with ensure_weight_tying=False:",
-                apart,
-            )
-        )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from veneer.errors import AttachError
 from veneer.layers.attach import Adapted
 from veneer.layers.route import Step
-from veneer.layers.saved_module import Saved
+from veneer.layers.saved_module import Saved, acting_copy
 from veneer.layers.token_rows import WithRows
 
 _HEAD = "get_output_embeddings"
@@ -58,8 +58,8 @@ def _acting(head: nn.Module) -> nn.Module | ReadHead:
         _refuse_parts(
             [step for step in head._veneer_route.plan if step.part is not None and step.part.rows is not None]
         )
-        names = [name for name in reversed(head._veneer_route.acting) if name in head.modules_to_save]
-        return head.modules_to_save[names[0]] if names else head
+        copy = acting_copy(head)
+        return head if copy is None else copy
     if isinstance(head, WithRows):
         steps = [step for step in head._veneer_route.plan if step.name in head.token_rows]
         _refuse_parts([step for step in steps if step.part is not None])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.config import LoraConfig
+from veneer.config import LoraConfig, config_in
 from veneer.config.init_names import FROZEN
 from veneer.errors import AttachError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.layers.adapter import Adapter
@@ -20,12 +20,11 @@ from veneer.layers.attach import adapter_on
 from veneer.layers.weights import read
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
-from veneer.model.overlay import Overlay, adapted_part, adapters_by_site, overlay_needed
+from veneer.model.overlay import DEFAULT, Overlay, adapted_part, adapters_by_site, overlay_needed
 from veneer.model.renamed.state import adapter_of_today
 from veneer.model.start import takes_off_its_start
 from veneer.model.state_dict import check_state, checked_values, with_prefix
 from veneer.model.tensors import adapter_tensors, check_range, site_keys
-from veneer.storage.adapter_file import CONFIG_FILE, read_config
 from veneer.storage.hub import adapter_folder
 from veneer.targets import Resolution, Site, resolve
 
@@ -37,7 +36,7 @@ _ALIKE = ("trainable_token_indices", "layer_replication", "ensure_weight_tying",
 def hotswap_adapter(
     model: nn.Module,
     model_name_or_path: str | Path,
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
     torch_device: Any = None,
     *,
     subfolder: str | None = None,
@@ -59,7 +58,7 @@ def hotswap_adapter(
     folder = adapter_folder(model_name_or_path, subfolder=subfolder, **hub)
     part = adapted_part(model)
     _check_unmerged(part, adapter_name)
-    config = LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
+    config = config_in(folder)
     config, resolution, tensors = read_other(part, folder, config)
     _swap(part, adapter_name, config, resolution, tensors)
 

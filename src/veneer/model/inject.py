@@ -11,6 +11,7 @@ from veneer.errors import AttachError, ConfigError, TargetError, VeneerWarning, 
 from veneer.model.apply import activate, add_adapter, one_at_a_time
 from veneer.model.facade import PeftModel
 from veneer.model.methods import AdapterMethods
+from veneer.model.overlay import DEFAULT
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.teach_trainer import teach_trainer
 from veneer.storage import keys
@@ -26,7 +27,7 @@ _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 def inject_adapter_in_model(
     peft_config: LoraConfig,
     model: nn.Module,
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:

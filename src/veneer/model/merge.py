@@ -15,10 +15,11 @@ from veneer.layers.kinds import Layer
 from veneer.layers.merging import merge_here, merged_values, unmerge_here
 from veneer.layers.peft_names import WeightNames
 from veneer.layers.replication import replication_of
+from veneer.layers.route import as_names
 from veneer.layers.weights import is_offloaded, kept, put_back, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
-from veneer.model.overlay import Overlay, adapters_by_site, as_names, overlay_needed, overlay_of, saved_modules
+from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
 
 @one_at_a_time

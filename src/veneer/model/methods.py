@@ -11,10 +11,11 @@ from torch import Generator, nn
 from veneer.config import LoraConfig
 from veneer.errors import AdapterNameError, VeneerWarning
 from veneer.functional.combine import Combination
+from veneer.layers.route import as_names
 from veneer.model import merge
 from veneer.model.apply import activate, add_adapter, check_bases, follow_route, remove_adapter, set_enabled
 from veneer.model.batch import serving
-from veneer.model.overlay import Overlay, as_names, overlay_of, own_parameters
+from veneer.model.overlay import Overlay, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
 from veneer.model.scale import set_scale
 from veneer.model.weighted import add_weighted_adapter

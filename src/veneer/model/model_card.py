@@ -8,7 +8,6 @@ from torch import nn
 
 from veneer.model.card import base_of, write_card
 from veneer.model.files import save_adapter
-from veneer.model.tensors import adapter_tensors
 from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -17,9 +16,7 @@ def card_of_model(model: nn.Module, name: str, folder: Path, *, said: Mapping[st
 
     said  more sections by name (`write_card`)
     """
-
-    own = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
-    base = base_of(model, own)
+    base = base_of(model, name)
     folder.mkdir(parents=True, exist_ok=True)
     if all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE)):
         write_card(folder, base=base, said=said)

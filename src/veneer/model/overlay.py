@@ -1,17 +1,16 @@
 """What Veneer knows of a model it has laid adapters over. One `Overlay` hangs on each such model."""
 
-import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from veneer.config import LoraConfig
-from veneer.errors import AdapterNameError, check_kind
+from veneer.errors import AdapterFileError, AdapterNameError, check_kind
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on
 from veneer.layers.kinds import Layer
-from veneer.layers.route import Route
+from veneer.layers.route import Route, as_names
 from veneer.layers.stand_in import StandIns
 from veneer.layers.swap import front_of, take_away
 from veneer.layers.token_rows import TokenRows
@@ -19,6 +18,7 @@ from veneer.layers.weights.offloaded import Elsewhere
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
 
+DEFAULT = "default"  # what an adapter is called unless named; in a folder it lies in the main one, as in PEFT
 _ATTRIBUTE = "_veneer_overlay"
 _CONFIGS = "peft_config"
 
@@ -76,15 +76,6 @@ class Overlay:
                 raise AdapterNameError(f"There is no adapter {name!r}{hint or f'; there are {there}.'}")
 
 
-def as_names(names: str | Iterable[str]) -> list[str]:
-    """One name or several, as a list. Raises AdapterNameError if they are no names."""
-    found = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
-    strange = [name for name in found if not isinstance(name, str)]
-    if strange:
-        raise AdapterNameError(f"The name of an adapter is a text, not {reprlib.repr(strange[0])}.")
-    return found
-
-
 def check_model(model: nn.Module) -> None:
     """Raise ArgumentError if this is no model."""
     check_kind(model, nn.Module, "A model (a torch.nn.Module)")
@@ -112,6 +103,15 @@ def overlay_needed(model: nn.Module) -> Overlay:
     if overlay is None:
         raise AdapterNameError("The model has no adapter (was it merged or unloaded?).")
     return overlay
+
+
+def sole_active(model: nn.Module, what: str) -> str:
+    """The name of the one adapter that acts. Raises AdapterFileError, which begins with `what`, if it is not one."""
+    overlay = overlay_of(model)
+    active = () if overlay is None else overlay.route.active
+    if len(active) != 1:
+        raise AdapterFileError(f"{what}: one adapter is saved at a time, and {len(active)} are active.")
+    return active[0]
 
 
 def adapted_part(model: nn.Module) -> nn.Module:

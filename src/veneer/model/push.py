@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.config import LoraConfig
+from veneer.config import LoraConfig, config_in
 from veneer.errors import VeneerWarning
 from veneer.model.card import write_card
-from veneer.storage.adapter_file import CONFIG_FILE, check_integrity, read_config, read_tensors, read_weights_header
+from veneer.storage.adapter_file import check_integrity, read_tensors, read_weights_header
 from veneer.storage.push import check_push_options, push_saved
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def push_folder(folder: Path, repo_id: str, **options: Any) -> "CommitInfo":
     Its own README.md goes before that of the repository. Checkpoints and files that begin with a dot stay here.
     Raises AdapterFileError, ConfigError if the adapter's config cannot be used.
     """
-    config = LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
+    config = config_in(folder)
     header = read_weights_header(folder)
     check_integrity(folder, header, read_tensors(folder, header.tensors))
 

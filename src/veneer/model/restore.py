@@ -4,14 +4,14 @@ from pathlib import Path
 
 from torch import nn
 
-from veneer.config import LoraConfig
+from veneer.config import config_in
 from veneer.errors import AdapterFileError, AdapterNameError, MergeError, bullet_list
 from veneer.model.apply import follow_route, one_at_a_time
-from veneer.model.files import DEFAULT, read_checked
-from veneer.model.overlay import overlay_needed
+from veneer.model.files import read_checked
+from veneer.model.overlay import DEFAULT, overlay_needed
 from veneer.model.start import doubled, takes_off_its_start
 from veneer.model.tensors import adapter_tensors, check_range, copy_tensors
-from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE, read_config
+from veneer.storage.adapter_file import WEIGHTS_FILE
 
 # What the shapes of the values do not tell.
 _SETTINGS = (
@@ -63,7 +63,7 @@ def _differing(model: nn.Module, name: str, folder: Path) -> list[str]:
     overlay = overlay_needed(model)
     overlay.check_names([name])
     config = overlay.configs[name]
-    saved = LoraConfig.from_dict(read_config(folder), source=str(folder / CONFIG_FILE))
+    saved = config_in(folder)
     mine = doubled(config) if takes_off_its_start(config) and not takes_off_its_start(saved) else config
     return [
         f"{field}: {getattr(mine, field)!r} on the model, {getattr(saved, field)!r} in {folder}"

@@ -14,10 +14,10 @@ from veneer.layers.attach import Adapted, Adapters
 from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.apply import one_at_a_time
-from veneer.model.files import check_repeats_base
+from veneer.model.belongs import check_repeats_base
 from veneer.model.merge import base_in_place
 from veneer.model.methods import AdapterMethods
-from veneer.model.overlay import adapted_part, overlay_needed, overlay_of
+from veneer.model.overlay import DEFAULT, adapted_part, overlay_needed, overlay_of
 from veneer.model.renamed.state import with_todays_names
 from veneer.model.start import START
 from veneer.model.tensors import (
@@ -48,7 +48,7 @@ class LoadResult(NamedTuple):
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def get_peft_model_state_dict(
 def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
     *,

@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from veneer.errors import AdapterFileError, AttachError, MergeError
+from veneer.errors import AttachError, MergeError
 from veneer.model.files import save_adapter
-from veneer.model.overlay import overlay_needed, overlay_of
+from veneer.model.overlay import overlay_needed, overlay_of, sole_active
 from veneer.model.pretrained import SAVE, is_guarded
 from veneer.model.restore import restore_all
+from veneer.model.wrapped import inwards
 from veneer.on_import import stand_before, when_imported
 
 _UTILITIES = "transformers.trainer_utils"
 _NEFTUNE = "transformers.integrations.neftune"
 _TRAINER = "transformers.trainer"
-_TOLD: set[str] = set()
 
 
 def teach_trainer(facade: type[nn.Module]) -> None:
@@ -42,9 +42,7 @@ def teach_trainer(facade: type[nn.Module]) -> None:
         _go_on(facade, module)
 
     for name, tell in ((_UTILITIES, knows), (_NEFTUNE, knows), (_TRAINER, trains)):
-        if name not in _TOLD:
-            _TOLD.add(name)
-            when_imported(name, tell)
+        when_imported(name, tell)
 
 
 def _answer_for(facade: type[nn.Module], module: ModuleType) -> None:
@@ -142,13 +140,12 @@ def _go_on(facade: type[nn.Module], module: Any) -> None:
 
 def _adapted(facade: type[nn.Module], model: Any) -> tuple[nn.Module, bool] | None:
     """(the model with the adapters, whether a facade has written them), looked for in what may be around it."""
-    while isinstance(model, nn.Module):
-        if isinstance(model, facade):
-            bare: Any = model
+    for one in inwards(model):
+        if isinstance(one, facade):
+            bare: Any = one
             return (bare.get_base_model(), True) if bare.peft_config else None
-        if overlay_of(model) is not None:
-            return model, False
-        model = next((model._modules[name] for name in ("_orig_mod", "module") if name in model._modules), None)
+        if overlay_of(one) is not None:
+            return one, False
     return None
 
 
@@ -161,11 +158,9 @@ def _injected_saved(model: nn.Module) -> Iterator[None]:
         return
 
     def save(folder: str, *, state_dict: Any = None, is_main_process: bool = True) -> None:
-        active = overlay_needed(model).route.active
-        if len(active) != 1:
-            raise AdapterFileError(f"Not saved to {folder}: one adapter is saved at a time, {len(active)} are active.")
+        name = sole_active(model, f"Not saved to {folder}")
         if is_main_process:
-            save_adapter(model, active[0], Path(folder), state=state_dict)
+            save_adapter(model, name, Path(folder), state=state_dict)
 
     vars(model)[SAVE] = save
     try:

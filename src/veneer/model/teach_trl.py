@@ -12,6 +12,7 @@ from torch import nn
 
 from veneer.model.fused_head import readable_head
 from veneer.model.overlay import overlay_of
+from veneer.model.wrapped import inwards
 from veneer.on_import import stand_before, when_imported
 
 _TRAINERS = (
@@ -25,7 +26,6 @@ _TRAINERS = (
 )
 _UTILITIES = "trl.trainer.utils"
 _CLASSES = ("BaseTunerLayer", "LoraConfig")  # of PEFT, asked for once a model is known to be a facade
-_TOLD: set[str] = set()
 
 
 def teach_trl(facade: type[nn.Module]) -> None:
@@ -38,9 +38,7 @@ def teach_trl(facade: type[nn.Module]) -> None:
         _tell(facade, module)
 
     for name in (_UTILITIES, *_TRAINERS):
-        if name not in _TOLD:
-            _TOLD.add(name)
-            when_imported(name, tell)
+        when_imported(name, tell)
 
 
 def _tell(facade: type[nn.Module], module: ModuleType) -> None:
@@ -48,7 +46,7 @@ def _tell(facade: type[nn.Module], module: ModuleType) -> None:
 
     def make_kind(theirs: Callable[..., bool]) -> Callable[..., bool]:
         def is_peft_model(model: Any) -> bool:
-            return isinstance(_inner(model), facade) or theirs(model)
+            return any(isinstance(one, facade) for one in inwards(model)) or theirs(model)
 
         return is_peft_model
 
@@ -74,16 +72,6 @@ def _make_head(theirs: Callable[..., None]) -> Callable[..., None]:
             model.forward = _with_head(model, model.forward)
 
     return add_fused_lm_head
-
-
-def _inner(model: Any) -> Any:
-    """The model in what torch.compile or DistributedDataParallel put around it."""
-    while isinstance(model, nn.Module):
-        around = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
-        if around is None:
-            break
-        model = model._modules[around]
-    return model
 
 
 @contextmanager

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterFileError, check_kind
+from veneer.storage.card import CARD_FILE
 from veneer.storage.hub import hub_api, is_hub_id
 from veneer.storage.hub_errors import failures, why_not_pushed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-CARD_FILE = "README.md"
 PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _OF_WHOLE_MODELS = (
     "max_shard_size",

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import MergeError, RunError
-from veneer.model.files import DEFAULT
 from veneer.model.model_card import card_of_model
+from veneer.model.overlay import DEFAULT
 from veneer.storage.write import write_file, write_folder
 from veneer.train.card import scores_section
 from veneer.train.data import Message, Row, read_rows

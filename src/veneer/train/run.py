@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import RunError
-from veneer.model.files import DEFAULT
 from veneer.model.model_card import card_of_model
+from veneer.model.overlay import DEFAULT
 from veneer.storage.card import CARD_FILE, read_card
 from veneer.storage.write import write_folder
 from veneer.train.build import build_trainer

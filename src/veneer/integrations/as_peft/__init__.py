@@ -5,6 +5,7 @@ absent.py     what PEFT has and Veneer has not, and what to use in its place
 modules.py    the modules themselves
 classes.py    PEFT's names for kinds of layers, for `isinstance`
 functions.py  PEFT's functions that are a line or two of Veneer's
+tables.py     PEFT's constants and tables
 metadata.py   the distribution that version checks ask for
 install.py    put all that in place, or refuse
 """

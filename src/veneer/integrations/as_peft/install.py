@@ -6,9 +6,9 @@ from typing import Any
 
 from veneer._version import __version__
 from veneer.errors import AliasError
+from veneer.integrations.adapted_model import AdaptedModel
 from veneer.integrations.as_peft.metadata import NAME, VERSION, Finder
 from veneer.integrations.as_peft.modules import Alias, made
-from veneer.integrations.transformers import AdaptedModel
 from veneer.on_import import when_imported
 
 # They ask once, when they are imported, whether PEFT is there, and keep its classes.

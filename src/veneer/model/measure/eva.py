@@ -15,7 +15,7 @@ from veneer.config import EvaConfig, LoraConfig
 from veneer.errors import AdapterNameError, ConfigError, bullet_list
 from veneer.init import Components
 from veneer.init.rank_spread import EvaComponents, fingerprint, shared_inputs
-from veneer.model.facade import DEFAULT, PeftModel
+from veneer.model.facade import PeftModel
 from veneer.model.measure.eva_inputs import (
     PrepareLayer,
     by_layer,
@@ -29,7 +29,7 @@ from veneer.model.measure.eva_inputs import (
 from veneer.model.measure.eva_start import start_from
 from veneer.model.measure.observe import bare_model, base_alone, refuse_experts, sees_rows, watching
 from veneer.model.measure.progress import progress
-from veneer.model.overlay import overlay_of
+from veneer.model.overlay import DEFAULT, overlay_of
 from veneer.storage.keys import PREFIX
 from veneer.targets import Site, resolve
 

@@ -15,9 +15,8 @@ from veneer.init.loftq import fit
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.weights import read
-from veneer.model.facade import DEFAULT
 from veneer.model.measure.observe import bare_model
-from veneer.model.overlay import adapters_by_site, overlay_needed
+from veneer.model.overlay import DEFAULT, adapters_by_site, overlay_needed
 from veneer.storage.checkpoint import Checkpoint, cached_checkpoint, open_checkpoint
 from veneer.targets import Site
 
