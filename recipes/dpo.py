@@ -2,7 +2,7 @@
 
 Model  SmolLM2-135M-Instruct, or any other chat model
 Data   the addresses that come with Veneer; the bare JSON is preferred to the same JSON after a polite sentence
-Time   about five minutes on two CPU cores; seconds with --tiny
+Time   about two minutes on two CPU cores; seconds with --tiny
 
 DPO compares the model with a frozen one. precompute_ref_log_probs asks the model itself before the first step, when
 the adapter adds nothing yet: exact, and no second model is kept. So the loss starts at ln 2.
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--output", default="adapters/dpo")
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--tiny", action="store_true", help="a tiny random model, offline, in seconds")
     options = parser.parse_args(arguments)

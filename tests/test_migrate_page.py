@@ -166,3 +166,15 @@ def test_the_names_in_memory_are_those_of_the_page():
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
     assert {f"{layer}.weight", f"{layer}.adapters.default.lora_A", "base_model.model.lm_head.weight"} <= set(names)
     assert "base_model.model.lm_head.modules_to_save.default.weight" in names
+
+
+def test_the_layers_answer_as_the_page_says():
+    block = next(b for b in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL) if "base_layer" in b)
+    names: dict[str, Any] = {"veneer": veneer, "base": llama()}
+    exec(compile(block, "docs/migrate.md", "exec"), names)
+    layer, model = names["layer"], names["model"]
+    assert layer.lora_A["default"].weight is layer.adapters["default"].lora_A
+    assert layer.base_layer.weight is layer.weight
+    layer.enable_adapters(False)
+    others = [one for name, one in model.named_modules() if name.endswith("q_proj")]
+    assert all(one.disable_adapters for one in others)

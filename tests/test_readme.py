@@ -54,6 +54,6 @@ def test_the_trainer_example_runs():
 
     import tiny
 
-    names = {"base": tiny.llama(), "SFTTrainer": SFTTrainer}
+    names = {"plain": tiny.llama(), "SFTTrainer": SFTTrainer}
     exec("from veneer import LoraConfig\n" + BLOCKS[1], names)
-    assert names["base"].active_adapters() == ["default"]
+    assert names["plain"].active_adapters() == ["default"]

@@ -11,7 +11,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from veneer.errors import VeneerError
 from veneer.integrations.as_peft import install_as_peft
@@ -30,24 +30,42 @@ class _Program(SourceFileLoader):
 
 def main(arguments: list[str]) -> None:
     """Put the alias in place and run the program as if Python had been called with the rest of the line."""
-    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["-m"]:
-        sys.exit(USAGE if arguments[:1] in (["-h"], ["--help"]) else f"{USAGE}\nwhich program?")
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    if not arguments or arguments == ["-m"]:
+        _stop(f"{USAGE}\nwhich program?")
+    program, by_module = Path(arguments[0]), arguments[0] == "-m"
+    if not by_module and not program.is_file():
+        _stop(f"veneer: {_why_not(program)}")
     try:
         install_as_peft(quiet=os.environ.get("LOCAL_RANK", "0") != "0")  # of processes by torchrun, one says so
     except VeneerError as error:
-        sys.exit(f"veneer: {error}")
-    if arguments[0] == "-m":
+        _stop(f"veneer: {error}")
+    if by_module:
         path, package = _module(arguments[1])
         sys.argv = [str(path), *arguments[2:]]
     else:
-        path, package = Path(arguments[0]), ""
-        if not path.is_file():
-            sys.exit(f"veneer: there is no program {path}.")
+        path, package = program, ""
         sys.argv = arguments
         if not sys.flags.safe_path:
             sys.path[0] = str(path.resolve().parent)
     os.environ[_PROGRAM] = os.pathsep.join([str(path.resolve()), package])
     _run("__main__", path, package)
+
+
+def _stop(reason: str) -> NoReturn:
+    print(reason, file=sys.stderr)
+    sys.exit(2)
+
+
+def _why_not(program: Path) -> str:
+    """Why this is no program to run."""
+    if str(program).startswith("-"):
+        return f"{program} is no program, and there are no options: the program comes first, then its arguments."
+    if program.is_dir():
+        return f"{program} is a folder. A package runs by `python -m veneer.as_peft -m {program.name}`."
+    return f"there is no program {program}."
 
 
 def _module(name: str) -> tuple[Path, str]:
@@ -56,10 +74,12 @@ def _module(name: str) -> tuple[Path, str]:
         spec = find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = find_spec(f"{name}.__main__")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.__main__".startswith(error.name):
+            raise
         spec = None
     if spec is None or spec.origin is None:
-        sys.exit(f"veneer: there is no module {name} that can be run.")
+        _stop(f"veneer: there is no module {name} that can be run.")
     return Path(spec.origin), spec.parent or ""
 
 

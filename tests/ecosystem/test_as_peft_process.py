@@ -57,7 +57,7 @@ def test_a_module_runs_too(program):
     done = python("-m", "veneer.as_peft", "-m", "short", "x", "-y", folder=program.parent)
     assert done.stdout.strip() == "__main__ ['x', '-y']"
     done = python("-m", "veneer.as_peft", "-m", "no.such.module")
-    assert (done.returncode, "there is no module no.such.module" in done.stderr) == (1, True)
+    assert (done.returncode, "there is no module no.such.module" in done.stderr) == (2, True)
 
 
 def test_torchrun_starts_it_and_one_process_says_so():

@@ -192,7 +192,7 @@ def test_without_a_connection_the_address_is_named(hub, no_waiting, monkeypatch,
     said = message_of("user/name")
     assert said.startswith("There is no folder user/name here, and it could not be downloaded from the hub: ")
     assert f"{endpoint} cannot be reached (" in said
-    assert said.endswith("Check the connection; without one, name a folder that holds the adapter.")
+    assert said.endswith("Check the connection. Without a connection, name a folder that holds the adapter.")
 
 
 def test_offline_the_cache_is_read_and_nothing_asked(hub, monkeypatch):

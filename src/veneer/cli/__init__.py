@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
@@ -43,8 +44,13 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _flowing(command: Callable[..., None]) -> str:
+    """What the command's help says: its docstring, each paragraph in one line, which the terminal breaks."""
+    return "\n\n".join(" ".join(part.split()) for part in (getdoc(command) or "").split("\n\n"))
+
+
 for command in (demo, init, train, chat, targets, inspect, merge, push):
-    app.command()(_stoppable(command))
+    app.command(help=_flowing(command))(_stoppable(command))
 
 
 def _print_version(wanted: bool) -> None:

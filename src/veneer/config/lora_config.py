@@ -81,6 +81,8 @@ def _refusing_unknown_fields(cls: type[_Class]) -> type[_Class]:
 class LoraConfig:
     """Which layers get an adapter, and what kind.
 
+    >>> LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
     task_type         what the model is for (TaskType or its name); classification heads are then trained too
     base_model_name_or_path, revision   the model the adapter belongs to; filled in when it is attached
     inference_mode    True: loaded for use, not for training

@@ -24,7 +24,9 @@ class PeftType(StrEnum):
 
 
 class TaskType(StrEnum):
-    """What the model is for; it decides which head is trained and saved with the adapter."""
+    """What the model is for, as `LoraConfig(task_type="CAUSAL_LM")`; with the two of classification and with question
+    answering, the model's head is trained in full and saved with the adapter.
+    """
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"

@@ -198,9 +198,10 @@ class LoraGAConfig(SubConfig):
 @_refusing_unknown_fields
 @dataclass(frozen=True)
 class LoraRuntimeConfig(SubConfig):
-    """How adapters are computed here and now; it is never part of an adapter file.
+    """How adapters are computed here and now; it is never part of an adapter file. There for PEFT's callers.
 
-    ephemeral_gpu_offload   do heavy one-time work on the GPU, even for layers that are kept on the CPU
+    ephemeral_gpu_offload   False: heavy one-time work is done where the layer is. A LoraConfig refuses True, which
+                            would change nothing
     """
 
     ephemeral_gpu_offload: bool = False

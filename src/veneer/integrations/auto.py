@@ -30,7 +30,10 @@ AUTO_CLASSES = {
 
 
 class AutoPeftModel:
-    """A saved adapter over the base its config names, by the task the config names: `from_pretrained` makes it."""
+    """A saved adapter over the base its config names, by the task the config names: `from_pretrained` makes it.
+
+    >>> model = veneer.AutoPeftModelForCausalLM.from_pretrained("adapter", device_map="auto")  # doctest: +SKIP
+    """
 
     task: ClassVar[TaskType | None] = None
 

@@ -49,8 +49,10 @@ def load_adapter(
     location      an adapter folder, or a hub id with `revision=`, `token=`, `cache_dir=`, … as on the hub
     is_trainable  go on training it; otherwise it is frozen and the model is put into evaluation
 
-    Raises AdapterFileError, ConfigError, TargetError, or AdapterNameError if the name is taken; and then the model is
-    as it was.
+    Raises AdapterFileError, ConfigError, TargetError, or AdapterNameError if the name is taken (`hotswap_adapter` puts
+    an adapter in the place of another); and then the model is as it was.
+
+    >>> veneer.load_adapter(model, "adapter")  # doctest: +SKIP
     """
     refuse_other_door(model)
     folder = adapter_folder(location, subfolder=subfolder, **hub)

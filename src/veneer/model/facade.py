@@ -29,7 +29,13 @@ _PLACES = ("torch_device", "device_map", "max_memory", "offload_folder")
 class PeftModel(SavingMethods):
     """A model with adapters. `base_model.model` is the user's own model; unknown attributes are its.
 
-    Made by `get_peft_model` or `PeftModel.from_pretrained`.
+    Made by `get_peft_model` or `PeftModel.from_pretrained`. It is called, generates and trains as the model itself.
+
+    >>> model = PeftModel.from_pretrained(base, "adapter")  # doctest: +SKIP
+    >>> model.load_adapter("other", "second"); model.set_adapter("second")  # doctest: +SKIP
+    >>> with model.disable_adapter():
+    ...     model(**batch)  # doctest: +SKIP
+    >>> plain = model.merge_and_unload()  # doctest: +SKIP
     """
 
     base_model: LoraModel

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+_NO_CONNECTION = "cannot be reached"
 _LOG_IN = "log in with `hf auth login` or pass token="
 
 
@@ -46,7 +47,9 @@ def why_not_downloaded(repository: str, error: BaseException, hub: Mapping[str, 
             )
         case _ if constants.HF_HUB_OFFLINE:
             return f"{repository} cannot be downloaded: HF_HUB_OFFLINE is set. Unset it."
-    return f"{nowhere} it could not be downloaded from the hub: {_of_connection(_root(error))}"
+    reason = _of_connection(_root(error))
+    without = " Without a connection, name a folder that holds the adapter." if _NO_CONNECTION in reason else ""
+    return f"{nowhere} it could not be downloaded from the hub: {reason}{without}"
 
 
 def why_not_pushed(repository: str, error: BaseException, hub: Mapping[str, Any]) -> str:
@@ -124,10 +127,7 @@ def _of_connection(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return f"{error.strerror or reason}."
     if "Connect" in type(error).__name__ or "Timeout" in type(error).__name__ or isinstance(error, ConnectionError):
-        return (
-            f"{constants.ENDPOINT} cannot be reached ({reason}). Check the connection; without one, name a folder that "
-            "holds the adapter."
-        )
+        return f"{constants.ENDPOINT} {_NO_CONNECTION} ({reason}). Check the connection."
     return reason if reason.endswith((".", "!", "?")) else f"{reason}."
 
 

@@ -19,8 +19,12 @@ def training_section(
     steps: int,
     tokens: int,
     seconds: float,
+    dtype: str,
 ) -> str:
-    """How an adapter was trained, as Markdown. losses: (step, loss per token); files appear by their names alone."""
+    """How an adapter was trained, as Markdown. losses: (step, loss per token); files appear by their names alone.
+
+    dtype  of the base, as it was: "float32"
+    """
     run = settings.training
     evaluated = data.get("data.eval")
     share = settings.data.eval_fraction
@@ -31,7 +35,7 @@ def training_section(
         ("batch", f"{run.batch_size * run.gradient_accumulation} rows of at most {run.max_length} tokens"),
         ("tokens", f"{tokens:,}"),
         ("optimizer", f"{run.optimizer}, learning rate {run.learning_rate:g}, {run.schedule}"),
-        ("precision of the base", settings.dtype),
+        ("precision of the base", dtype),
         ("seed", run.seed),
         ("loss", f"{losses[0][1]:.3f} at first, {losses[-1][1]:.3f} at last" if losses else None),
         ("evaluation loss", f"{eval_losses[-1][1]:.3f}" if eval_losses else None),

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOGGERS = ("transformers", "trl", "datasets", "accelerate", "huggingface_hub", "torch")
+LOGGERS = ("transformers", "trl", "datasets", "accelerate", "huggingface_hub", "torch", "bitsandbytes")
 
 
 @contextmanager

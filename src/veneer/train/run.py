@@ -175,7 +175,14 @@ def _fit(
     eval_losses = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     trainable, total = _counts(model)
     said = training_section(
-        settings, record, losses, eval_losses, steps=trainer.state.global_step, tokens=meter.tokens, seconds=seconds
+        settings,
+        record,
+        losses,
+        eval_losses,
+        steps=trainer.state.global_step,
+        tokens=meter.tokens,
+        seconds=seconds,
+        dtype=str(model.dtype).removeprefix("torch."),
     )
     return Result(
         adapter_dir=_save(model, tokenizer, output, before, said),
