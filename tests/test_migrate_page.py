@@ -140,6 +140,15 @@ CASES: dict[str, tuple[Any, Any]] = {
         lambda _: made().add_adapter("a/b", LoraConfig()),
         lambda _: made().add_adapter("a-b", LoraConfig()),
     ),
+    "`merge_adapter()` twice": (lambda _: merged().merge_adapter(), lambda _: merged()),
+    '`target_parameters=["q_proj.weight"]`, a layer\'s weight': (
+        lambda _: made(target_modules=[], target_parameters=["q_proj.weight"]),
+        lambda _: made(target_modules=["q_proj"]),
+    ),
+    '`add_weighted_adapter(…, "svd", density=0.5)`': (
+        lambda _: two().add_weighted_adapter(["default", "other"], [1.0, 1.0], "c", "svd", density=0.5),
+        lambda _: two().add_weighted_adapter(["default", "other"], [1.0, 1.0], "c", "magnitude_prune_svd", density=0.5),
+    ),
     "`delete_adapter` of a merged adapter": (
         lambda _: merged().delete_adapter("default"),
         lambda _: [(model := merged()).unmerge_adapter(), model.delete_adapter("default")],

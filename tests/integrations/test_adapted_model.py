@@ -404,3 +404,11 @@ class TestSavedValuesForAnAdapterThatIsThere:
         facade.merge_adapter()
         with pytest.raises(MergeError):
             facade.load_adapter(tmp_path, "default")
+
+
+def test_no_pickle_is_written(tmp_path):
+    model = tiny.llama()
+    veneer.add_adapter(model, veneer.LoraConfig())
+    with pytest.raises(ConfigError, match="would write a pickle"):
+        model.save_pretrained(tmp_path / "new", safe_serialization=False)
+    assert not (tmp_path / "new").exists()

@@ -9,7 +9,7 @@ from torch import nn
 
 import tiny
 import veneer
-from veneer.errors import AttachError, MergeError, TargetError
+from veneer.errors import AttachError, MergeError, TargetError, VeneerWarning
 from veneer.layers.saved_module import Saved
 
 
@@ -119,7 +119,8 @@ def test_of_two_copies_the_one_of_the_last_active_adapter_acts():
     model = model_with_head()
     model.add_adapter("b", veneer.LoraConfig(target_modules=["second"], modules_to_save=["head"]))
     tiny.shake(model)
-    model.set_adapter(["default", "b"])
+    with pytest.warns(VeneerWarning, match="head is trained in full .* the copy of 'b'"):
+        model.set_adapter(["default", "b"])
     head, x = model.get_base_model().head, torch.randn(2, model.get_base_model().head.in_features)
     assert torch.equal(head(x), head.modules_to_save["b"](x))
     assert not torch.equal(head(x), head.modules_to_save["default"](x))

@@ -28,6 +28,7 @@ from veneer.model.model_card import card_of_model
 from veneer.model.overlay import DEFAULT, overlay_of, sole_active
 from veneer.model.pretrained import with_base_name
 from veneer.model.push import push_adapters
+from veneer.model.saving_methods import refuse_pickles
 from veneer.model.state_dict import get_peft_model_state_dict
 from veneer.model.tuner import LoraModel
 
@@ -158,8 +159,10 @@ class AdaptedModel(swap.Front):
         push_to_hub upload it, too; `repo_id` and further options as of `push_to_hub`
         options     those that shape a base checkpoint (`max_shard_size`, `variant`, …) change nothing here
 
-        To save the base model, remove the adapters first, or merge them. Raises AdapterFileError.
+        To save the base model, remove the adapters first, or merge them. Raises AdapterFileError, or ConfigError for
+        safe_serialization=False, which would write a pickle.
         """
+        refuse_pickles(options.pop("safe_serialization", True))
         name = sole_active(self, f"Not saved to {save_directory}")
         if not is_main_process:
             return

@@ -52,7 +52,7 @@ class SavingMethods(AdapterMethods):
 
         Each folder is replaced in one step. Raises AdapterNameError or AdapterFileError.
         """
-        _refuse_pickles(safe_serialization)
+        refuse_pickles(safe_serialization)
         if save_embedding_layers not in ("auto", False):
             raise ConfigError(
                 "save_embedding_layers=True would write base weights into the adapter. To train and save embeddings, "
@@ -100,7 +100,7 @@ class SavingMethods(AdapterMethods):
         max_shard_size is there for transformers' callers. What you wrote into the repository's README.md stays.
         Raises AdapterFileError that says what to do, and then the repository is as it was.
         """
-        _refuse_pickles(safe_serialization)
+        refuse_pickles(safe_serialization)
         options = {
             "commit_message": commit_message,
             "commit_description": commit_description,
@@ -132,6 +132,7 @@ class SavingMethods(AdapterMethods):
         card_of_model(self.bare, next(iter(self.peft_config)), Path(output_dir))
 
 
-def _refuse_pickles(safe_serialization: bool) -> None:
+def refuse_pickles(safe_serialization: bool) -> None:
+    """Raise ConfigError for safe_serialization=False."""
     if not safe_serialization:
         raise ConfigError("safe_serialization=False would write a pickle; adapters are written as safetensors.")
