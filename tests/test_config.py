@@ -292,6 +292,13 @@ def test_a_config_in_use_is_closed(name):
     assert config.to_dict() == before
 
 
+def test_a_start_set_to_true_before_saving_as_for_peft_is_told_that_saving_needs_it_not():
+    config = LoraConfig(init_lora_weights="pissa").in_use()
+    with pytest.raises(ConfigError, match=r"save_pretrained does so, and remembers the start; leave the line out\.$"):
+        config.init_lora_weights = True
+    assert config.init_lora_weights == "pissa"
+
+
 @pytest.mark.parametrize(("name", "value"), FREE.items())
 def test_a_config_in_use_may_change_what_no_number_depends_on(name, value):
     config = LoraConfig().in_use()

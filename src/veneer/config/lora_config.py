@@ -50,6 +50,10 @@ OPTIONS_OF: Mapping[str, str] = {field: method for method, field in OPTIONS_FIEL
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
 # Fields that set how strongly an update acts, and what to do instead of changing them.
 _SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
+_BY_ITSELF = (
+    " To save it as a plain LoRA nothing need be changed: "
+    "save_pretrained does so, and remembers the start; leave the line out."
+)
 _SCALE_BY_NAME = " To use the trained update more or less strongly, call set_scale(adapter_name, factor) on the model."
 
 # Words people carry over from other libraries and papers.
@@ -180,7 +184,7 @@ class LoraConfig:
             raise ConfigError(
                 f"{name} cannot be changed to {value!r}: this config describes an adapter that exists, and its weights "
                 f"go with {name}={getattr(self, name, None)!r}. Make a new LoraConfig for a new adapter."
-                f"{_SCALE_BY_NAME if name in _SCALING else ''}"
+                f"{_SCALE_BY_NAME if name in _SCALING else ''}{_BY_ITSELF if name == 'init_lora_weights' else ''}"
             )
         object.__setattr__(self, name, tidied(name, value))
 
