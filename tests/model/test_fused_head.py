@@ -75,6 +75,7 @@ def test_it_reads_the_weight_that_acts(door, case):
     assert "get_output_embeddings" not in vars(model)
 
 
+@pytest.mark.filterwarnings("ignore:lm_head is trained in full:veneer.errors.VeneerWarning")
 def test_of_several_copies_it_reads_the_one_that_acts():
     model = facade(modules_to_save=["lm_head"])
     model.add_adapter("other", config(modules_to_save=["lm_head"]))

@@ -11,7 +11,7 @@ from veneer.errors import AttachError, ConfigError, TargetError, VeneerWarning, 
 from veneer.model.apply import activate, add_adapter, one_at_a_time
 from veneer.model.facade import PeftModel
 from veneer.model.methods import AdapterMethods
-from veneer.model.overlay import DEFAULT
+from veneer.model.overlay import DEFAULT, check_model
 from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.teach_trainer import teach_trainer
 from veneer.storage import keys
@@ -45,6 +45,7 @@ def inject_adapter_in_model(
         raise AttachError(f"{type(model).__name__} is a facade over a model already: call its add_adapter.")
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(f"peft_config must be a LoraConfig, not {type(peft_config).__name__}.")
+    check_model(model)
     inner = model._modules.get("_orig_mod") or model  # of what torch.compile returned
     if state_dict is not None:
         peft_config = _config_from_keys(peft_config, inner, state_dict)
