@@ -2,7 +2,7 @@
 
 Model  SmolLM2-135M-Instruct, or any other chat model of the hub or a folder
 Data   128 of the addresses that come with Veneer; only the answer is trained on
-Time   about two minutes on two CPU cores (16 steps of 8 rows); seconds with --tiny
+Time   about two minutes on two CPU cores, by estimate (16 steps of 8 rows); seconds with --tiny
 """
 
 import argparse

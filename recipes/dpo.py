@@ -2,7 +2,7 @@
 
 Model  SmolLM2-135M-Instruct, or any other chat model
 Data   the addresses that come with Veneer; the bare JSON is preferred to the same JSON after a polite sentence
-Time   about two minutes on two CPU cores; seconds with --tiny
+Time   about two minutes on two CPU cores, by estimate; seconds with --tiny
 
 DPO compares the model with a frozen one. precompute_ref_log_probs asks the model itself before the first step, when
 the adapter adds nothing yet: exact, and no second model is kept. So the loss starts at ln 2.

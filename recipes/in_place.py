@@ -2,7 +2,7 @@
 
 Model  SmolLM2-135M-Instruct, or any other causal language model
 Data   64 of the addresses that come with Veneer
-Time   about two minutes on two CPU cores; seconds with --tiny
+Time   about two minutes on two CPU cores, by estimate; seconds with --tiny
 
 The run is stopped half way and resumed from its checkpoint, which holds the adapter alone. It ends with the same loss
 as a run that was never stopped.

@@ -2,7 +2,7 @@
 
 Model  SmolLM2-1.7B-Instruct, or any other causal language model (8 bits by bitsandbytes; runs on a CPU, too)
 Data   64 of the addresses that come with Veneer
-Time   about a minute on a GPU; seconds with --tiny
+Time   about a minute on a GPU, by estimate; seconds with --tiny
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Model  SmolLM2-135M-Instruct, or any other causal language model
 Data   the addresses that come with Veneer: one adapter answers with JSON, the other with the ZIP code alone
-Time   about two minutes on two CPU cores; seconds with --tiny
+Time   about two minutes on two CPU cores, by estimate; seconds with --tiny
 """
 
 import argparse
