@@ -3,8 +3,10 @@
 PEFT is the oracle of many tests. Where it is not installed, the files that ask it are left out, and the others run.
 """
 
+import random
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,16 @@ collect_ignore = [
     for file in Path(__file__).parent.rglob("test_*.py")
     if find_spec("peft") is None and _ASKS_PEFT.search(file.read_text(encoding="utf-8"))
 ]
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Each test draws the same numbers wherever and in whatever order it runs: its own name is the seed."""
+    import torch
+
+    own = zlib.crc32(request.node.nodeid.encode())
+    random.seed(own)
+    torch.manual_seed(own)
 
 
 @pytest.fixture(scope="session")
