@@ -1,0 +1,131 @@
+"""What was measured, as data. A figure holds tables, a table rows, a row one value a round; everything else follows.
+
+The JSON keeps the values themselves: medians, spreads, ratios and whether an aim was met are computed when asked for.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a row's ratio to another row (by default to the table's reference) was hoped to be."""
+
+    at_most: float | None = None
+    at_least: float | None = None
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.at_most is None) != (self.at_least is None), "an aim has one bound"
+
+    def met(self, ratio: float) -> bool:
+        """Whether the ratio keeps to the bound."""
+        return ratio <= self.at_most if self.at_most is not None else ratio >= (self.at_least or 0.0)
+
+    def __str__(self) -> str:
+        bound = f"≤ {self.at_most:g}" if self.at_most is not None else f"≥ {self.at_least:g}"
+        return f"{bound} × {self.against}" if self.against else bound
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender: its value in each round."""
+
+    name: str
+    values: list[float]
+    aim: Aim | None = None
+
+    @property
+    def median(self) -> float:
+        """The middle value."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The first and third quartile."""
+        if len(self.values) < 2:
+            return self.median, self.median
+        first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
+        return first, third
+
+
+@dataclass(frozen=True)
+class Table:
+    """Contenders that were measured in turn, so that round i of one stands beside round i of another.
+
+    unit       of the values: "s", "ms", "MiB", "tokens/s", …
+    reference  the row that ratios are to; None: no ratios
+    setting    what was measured: model, dtype, rank, …
+    plot       whether the page draws it
+    """
+
+    title: str
+    rows: list[Row]
+    reference: str | None = None
+    unit: str = "s"
+    setting: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    plot: bool = True
+
+    def __getitem__(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def ratio(self, name: str, against: str | None = None) -> float:
+        """The median over the rounds of one row's value by another's. Raises StatisticsError without a reference."""
+        other = against or self.reference
+        pairs = zip(self[name].values, self[other].values, strict=True) if other else ()
+        return statistics.median(value / base for value, base in pairs)
+
+    def judged(self) -> Iterator[tuple[Row, Aim, float, bool]]:
+        """(row, aim, ratio, met) of each row that has an aim."""
+        for row in self.rows:
+            if row.aim:
+                ratio = self.ratio(row.name, row.aim.against)
+                yield row, row.aim, ratio, row.aim.met(ratio)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One script's tables, what they were measured on, and what is to be said about them.
+
+    name   of the script and the JSON file
+    about  one paragraph for the page: what is compared, and what the arithmetic says
+    quick  a smoke run: too short to claim anything
+    """
+
+    name: str
+    title: str
+    about: str
+    tables: list[Table]
+    machine: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+
+    def save(self, folder: Path = RESULTS) -> Path:
+        """Write `<name>.json` into the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{self.name}.json"
+        file.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return file
+
+    @classmethod
+    def load(cls, file: Path) -> "Figure":
+        """The figure that `save` wrote."""
+        data = json.loads(file.read_text(encoding="utf-8"))
+        made: dict[str, Any] = {**data, "tables": [_table(table) for table in data["tables"]]}
+        return cls(**made)
+
+
+def _table(data: dict[str, Any]) -> Table:
+    made: dict[str, Any] = {**data, "rows": [_row(row) for row in data["rows"]]}
+    return Table(**made)
+
+
+def _row(data: dict[str, Any]) -> Row:
+    made: dict[str, Any] = {**data, "aim": Aim(**data["aim"]) if data["aim"] else None}
+    return Row(**made)
