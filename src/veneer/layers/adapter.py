@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veneer.errors import ArgumentError
 from veneer.functional import dora
 from veneer.init import Factors
+from veneer.layers.fast_path import frozen_with_update
 from veneer.layers.kinds import Kind, Layer, Number
 from veneer.layers.weights import read
 from veneer.layers.weights.offloaded import Resident
@@ -100,8 +101,13 @@ class Adapter(Resident):
             return self.lora_A, self.lora_B
         return self.kind.summed(self.lora_A, self.lora_B, self.start_A, -self.start_B)
 
-    def forward(self, x: Tensor, y: Tensor, layer: Layer) -> Tensor:
-        """(layer input, layer output so far) -> layer output with this adapter, in y's dtype."""
+    def forward(self, x: Tensor, y: Tensor | None, layer: Layer) -> Tensor:
+        """(layer input, layer output so far) -> layer output with this adapter, in y's dtype.
+
+        Without y the layer's own output is computed here too, which only the fast path does.
+        """
+        if y is None:
+            return frozen_with_update(layer, self, x)
         if self.casts_input and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         p = self.dropout if self.training else 0.0

@@ -13,6 +13,7 @@ from veneer.layers import swap
 from veneer.layers.adapter import Adapter
 from veneer.layers.adapter_names import AdapterNames
 from veneer.layers.by_rows import serve_rows
+from veneer.layers.fast_path import takes_fast_path
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import merged_values
 from veneer.layers.route import Part, Route
@@ -39,11 +40,13 @@ class Adapted(AdapterNames, swap.Front):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the adapters of the route's plan added in order."""
-        y = super().forward(*args, **kwargs)
         steps = [(step.name, step.part) for step in self._veneer_route.plan if step.name in self.adapters]
         if not steps or self._veneer_merged is not None:
-            return y
+            return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        if len(steps) == 1 and steps[0][1] is None and takes_fast_path(self, self.adapters[steps[0][0]], x):
+            return self.adapters[steps[0][0]](x, None, self)
+        y = super().forward(*args, **kwargs)
         if len(steps) > 1:
             rows = [(self.adapters[name], part) for name, part in steps if part is not None and part.rows is not None]
             if len(rows) == len(steps):

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import AttachError, MergeError
-from veneer.layers import attach, by_weight, fused, saved_module, token_rows
+from veneer.layers import attach, by_weight, fused, saved_module, shared_input, token_rows
 from veneer.layers.replication import replicated, replication_of
 from veneer.layers.stand_in import StandIns
 from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
@@ -115,6 +115,7 @@ def _carry_out(
             for path in site.paths:
                 token_rows.keep_rows(model.get_submodule(path), name, trained, overlay.route)
         fused.follow_adapters(model)
+        shared_input.introduce(model, (one.site.path for one in made))
     except BaseException:
         _take_off(model, name, todo.resolution)
         raise

@@ -1,0 +1,142 @@
+"""A frozen linear layer and its update as two functions that copy and keep as little as can be: the fast path.
+
+    x, h = project(x, [A])                            # h = drop(x) Aᵀ
+    y = frozen_linear(x, W, bias, h, B, scale)        # y = x Wᵀ + bias + s · h Bᵀ
+
+The plain twin is `F.linear(x, W, bias) + update_linear(x, A, B, scale)`. What is saved here:
+
+- `frozen_linear` adds the update into the layer's own output, and keeps W, h and B: nothing of the output's size.
+- `project` gives x on to the frozen layer, so in the backward pass it receives the frozen layer's gradient of x, and adds
+  the update's into it. It keeps x once for all its A's.
+- Dropout is a seed (see dropout.py), and its places are put back after the sum instead of making one without them.
+
+Differentiable twice: where a graph of the gradients is asked for, the backward passes are plain sums and products.
+Shapes: `...` leading dimensions, T their product; I in, O out, R rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from veneer.functional.dropout import dropped, dropped_places, new_seed
+
+
+def project(x: Tensor, As: Sequence[Tensor], p: float = 0.0) -> tuple[Tensor, list[Tensor]]:
+    """x itself for a frozen layer to read, and drop(x) Aᵀ of shape (..., R) for each A of shape (R, I).
+
+    p  the probability that an element of x is dropped; below 1. Several A's see the same dropped x.
+    """
+    seed = new_seed() if p else 0
+    if not (torch.is_grad_enabled() and (x.requires_grad or any(A.requires_grad for A in As))):
+        return x, _projected(x, As, p, seed)
+    passed, *hs = _Project.apply(x, p, seed, *As)  # type: ignore[misc]
+    return passed, hs
+
+
+def frozen_linear(
+    x: Tensor, W_OI: Tensor, bias: Tensor | None, h: Tensor, B_OR: Tensor, scale: float
+) -> Tensor:
+    """x Wᵀ + bias + s · h Bᵀ, of shape (..., O), for a weight that gets no gradient."""
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, h, B_OR))):
+        return _with_update(x, W_OI, bias, h, B_OR, scale)
+    return _FrozenLinear.apply(x, W_OI, bias, h, B_OR, scale)  # type: ignore[return-value]
+
+
+def _projected(x: Tensor, As: Sequence[Tensor], p: float, seed: int) -> list[Tensor]:
+    h = F.linear(dropped(x, p, seed) if p else x, _stacked(As))
+    if p:
+        h = h.mul_(1 / (1 - p))
+    return [h] if len(As) == 1 else list(h.split([len(A) for A in As], dim=-1))
+
+
+def _stacked(As: Sequence[Tensor]) -> Tensor:
+    return As[0] if len(As) == 1 else torch.cat(list(As))
+
+
+def _with_update(x: Tensor, W_OI: Tensor, bias: Tensor | None, h: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    y = F.linear(x, W_OI, bias)
+    _rows(y).addmm_(_rows(h), B_OR.T, alpha=scale)
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., N) -> (T, N)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, *As: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *As)
+        ctx.p, ctx.seed = p, seed
+        ctx.set_materialize_grads(False)
+        passed = x.detach()
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed)
+        return passed, *_projected(x, As, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, g_x: Tensor | None, *g_hs: Tensor | None) -> Any:
+        x, *As = ctx.saved_tensors
+        ctx.spent = True
+        p, wanted = ctx.p, ctx.needs_input_grad[3:]
+        there = [i for i, g in enumerate(g_hs) if g is not None]
+        if not there:
+            return g_x, None, None, *[None] * len(As)
+        g_h = torch.cat([_rows(g_hs[i]) for i in there], dim=1) if len(there) > 1 else _rows(g_hs[there[0]])
+        if p:
+            g_h = g_h / (1 - p)
+        gradients: list[Tensor | None] = [None] * len(As)
+        if any(wanted[i] for i in there):
+            x_T = _rows(dropped(x, p, ctx.seed) if p else x)
+            parts = (g_h.T @ x_T).split([len(As[i]) for i in there])
+            for i, part in zip(there, parts, strict=True):
+                gradients[i] = part if wanted[i] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, *gradients
+        A = _stacked([As[i] for i in there])
+        return _joined(g_x, g_h, A, x.shape, p, ctx.seed), None, None, *gradients
+
+
+def _joined(g_x: Tensor | None, g_h: Tensor, A: Tensor, shape: torch.Size, p: float, seed: int) -> Tensor:
+    """The gradient of x: the frozen layer's, and the update's drop(g_h A)."""
+    if g_x is None or torch.is_grad_enabled():
+        own = (g_h @ A).view(shape)
+        own = dropped(own, p, seed) if p else own
+        return own if g_x is None else g_x + own
+    # nobody else holds g_x: it is what frozen layers that read our x, and nothing else does, have made
+    g_x = g_x.contiguous()
+    if not p:
+        g_x.view(-1, shape[-1]).addmm_(g_h, A)
+        return g_x
+    flat = g_x.view(-1)
+    places = dropped_places(flat.numel(), p, seed, flat.device)
+    before = flat.gather(0, places)
+    g_x.view(-1, shape[-1]).addmm_(g_h, A)
+    flat.scatter_(0, places, before)
+    return g_x
+
+
+class _FrozenLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_OI: Tensor, bias: Tensor | None, h: Tensor, B_OR: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(W_OI, h, B_OR)
+        ctx.scale = scale
+        return _with_update(x, W_OI, bias, h, B_OR, scale)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        W_OI, h, B_OR = ctx.saved_tensors
+        for_x, _, for_bias, for_h, for_B, _ = ctx.needs_input_grad
+        g_T = _rows(g)
+        g_x = (g_T @ W_OI).view(*g.shape[:-1], W_OI.shape[1]) if for_x else None
+        g_bias = g_T.sum(0) if for_bias else None
+        g_h = ((g_T @ B_OR) * ctx.scale).view(h.shape) if for_h else None
+        g_B = (g_T.T @ _rows(h)) * ctx.scale if for_B else None
+        return g_x, None, g_bias, g_h, g_B, None

@@ -1,0 +1,112 @@
+"""Which layers take the fast path, functional/lora_linear.py, and why the others take the plain one.
+
+The fast path is for what most layers are: a frozen `torch.nn.Linear` with one plain adapter. It computes the same.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from veneer.functional import lora_linear
+from veneer.layers import shared_input
+from veneer.layers.kinds import Layer
+from veneer.layers.kinds.kind import linear_update
+
+if TYPE_CHECKING:
+    from veneer.layers.adapter import Adapter
+
+_MOST_DROPPED = 0.5  # above, drawing a mask is cheaper than drawing places
+
+
+def why_plain(layer: Layer, adapter: "Adapter") -> str | None:
+    """What about the layer or its adapter asks for the plain path, in words; None if nothing does."""
+    if adapter.rule != "add" or adapter.kind.update is not linear_update:
+        return f"{adapter.rule} on {adapter.kind.name}"
+    if not _runs_linear(type(layer)):
+        return "the layer's forward is not torch.nn.Linear's"
+    if not (_is_plain(layer.weight) and (layer.bias is None or _is_plain(layer.bias))):
+        return f"the weight is a {type(layer.weight).__name__}"
+    if layer.weight.requires_grad:
+        return "the weight is trained"
+    if adapter.lora_bias is not None:
+        return "lora_bias"
+    if not isinstance(adapter.scale, float | int):
+        return "the scale is a tensor"
+    return _why_dtypes(layer.weight.dtype, adapter.lora_A.dtype)
+
+
+def takes_fast_path(layer: Layer, adapter: "Adapter", x: Tensor) -> bool:
+    """Whether this call of the layer may take the fast path."""
+    return (
+        not _is_transformed()
+        and type(x) in _PLAIN
+        and why_plain(layer, adapter) is None
+        and (x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and not (adapter.training and adapter.dropout > _MOST_DROPPED)
+    )
+
+
+def frozen_with_update(layer: Layer, adapter: "Adapter", x: Tensor) -> Tensor:
+    """The output of a layer that takes the fast path, with the adapter."""
+    p = adapter.dropout if adapter.training else 0.0
+    W, bias = layer.weight, layer.bias
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, W, bias = x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
+    A, B = adapter.factors()
+    if p or adapter.start_A is not None or x.is_inference():
+        passed, (h,) = lora_linear.project(x, [A.to(x.dtype)], p)
+    else:
+        passed, h = shared_input.project(layer, adapter, x, _joins_in)
+    return lora_linear.frozen_linear(passed, W, bias, h, B.to(x.dtype), adapter.scale)
+
+
+def _joins_in(layer: Layer, adapter: "Adapter") -> bool:
+    """Whether a layer's product may be made in the forward of another, which it cannot where something (FSDP) made
+    the layer a class of its own: it would gather and reduce its parameters by itself."""
+    return (
+        "_veneer_front" in vars(type(layer))
+        and type(adapter.lora_A) is nn.Parameter
+        and adapter.start_A is None
+        and not (adapter.training and adapter.dropout)
+        and layer._veneer_merged is None
+        and why_plain(layer, adapter) is None
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether functions are traced or transformed here, which autograd functions of our own are not made for."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    )
+
+
+@cache
+def _runs_linear(cls: type[nn.Module]) -> bool:
+    """Whether what is beneath the adapters of such a layer is `torch.nn.Linear.forward`."""
+    from veneer.layers.attach import Adapted
+
+    beneath = cls.__mro__[cls.__mro__.index(Adapted) + 1 :]
+    return next(c for c in beneath if "forward" in vars(c)) is nn.Linear
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN
+
+
+def _why_dtypes(weight: torch.dtype, factors: torch.dtype) -> str | None:
+    """Factors are rounded to bfloat16 where the layer computes in it, as autocast does; gradients of float16 fade."""
+    if weight == factors and weight.is_floating_point:
+        return None
+    if weight == torch.bfloat16 and factors == torch.float32:
+        return None
+    return f"{factors} factors on a {weight} weight".replace("torch.", "")
