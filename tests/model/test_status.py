@@ -26,20 +26,49 @@ def pair(base: nn.Module, **fields) -> tuple[veneer.PeftModel, peft.PeftModel]:
     return ours, theirs
 
 
+def pefts_fields(status) -> dict:
+    """Without the fields that PEFT does not have."""
+    return {name: value for name, value in asdict(status).items() if name not in ("path", "paths")}
+
+
 def same_layers(ours: nn.Module, theirs: nn.Module) -> bool:
-    return list(map(asdict, veneer.get_layer_status(ours))) == list(map(asdict, peft.get_layer_status(theirs)))
+    return list(map(pefts_fields, veneer.get_layer_status(ours))) == list(map(asdict, peft.get_layer_status(theirs)))
 
 
-def test_the_fields_are_pefts():
-    for name in ("TunerLayerStatus", "TunerModelStatus"):
+def test_the_fields_are_pefts_and_the_path():
+    for name, own in (("TunerLayerStatus", "path"), ("TunerModelStatus", "paths")):
         theirs = [f.name for f in fields(getattr(peft.peft_model, name))]
-        assert [f.name for f in fields(getattr(veneer, name))] == theirs
+        assert [f.name for f in fields(getattr(veneer, name))] == [*theirs, own]
+
+
+def test_the_path_of_each_layer_shows():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4).half())
+    base[2].forward = base[2].forward  # as accelerate leaves it
+    model = veneer.get_peft_model(
+        base, veneer.LoraConfig(r=2, target_modules=["0", "1", "2", "4"], modules_to_save=["3"])
+    )
+    assert [layer.path for layer in model.get_layer_status()] == [
+        "fast",
+        "plain: the layer is embedding",
+        "fast",
+        "",
+        "plain: float32 factors on a float16 weight",
+    ]
+    assert model.get_model_status().paths == {
+        "fast": 2,
+        "plain: the layer is embedding": 1,
+        "plain: float32 factors on a float16 weight": 1,
+    }
+    model.add_adapter("second", veneer.LoraConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "second"])
+    assert model.get_layer_status()[0].path == "plain: 2 adapters act at once"
+    assert model.get_layer_status()[2].path == "fast"
 
 
 def test_a_peft_model():
     ours, theirs = pair(tiny.llama())
     assert same_layers(ours, theirs)
-    assert asdict(ours.get_model_status()) == asdict(theirs.get_model_status())
+    assert pefts_fields(ours.get_model_status()) == asdict(theirs.get_model_status())
     assert ours.get_layer_status() == veneer.get_layer_status(ours)
 
 
@@ -48,7 +77,7 @@ def test_switching_shows():
     for model in (ours, theirs):
         model.set_adapter("second")
     assert same_layers(ours, theirs)
-    assert asdict(ours.get_model_status()) == asdict(theirs.get_model_status())
+    assert pefts_fields(ours.get_model_status()) == asdict(theirs.get_model_status())
 
 
 def test_disabling_shows():
@@ -128,7 +157,7 @@ def test_irregular_gradients():
     theirs.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].requires_grad_(False)
     assert same_layers(ours, theirs)
     assert ours.get_model_status().requires_grad == {"default": "irregular", "second": False}
-    assert asdict(ours.get_model_status()) == asdict(theirs.get_model_status())
+    assert pefts_fields(ours.get_model_status()) == asdict(theirs.get_model_status())
 
 
 @pytest.mark.parametrize("status", [veneer.get_layer_status, veneer.get_model_status])

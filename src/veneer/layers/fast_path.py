@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from veneer.functional import lora_linear
 from veneer.layers import shared_input
-from veneer.layers.kinds import Layer
+from veneer.layers.kinds import Kind, Layer
 from veneer.layers.kinds.kind import linear_update
 
 if TYPE_CHECKING:
@@ -23,8 +23,12 @@ _MOST_DROPPED = 0.5  # above, drawing a mask is cheaper than drawing places
 
 def why_plain(layer: Layer, adapter: "Adapter") -> str | None:
     """What about the layer or its adapter asks for the plain path, in words; None if nothing does."""
-    if adapter.rule != "add" or adapter.kind.update is not linear_update:
-        return f"{adapter.rule} on {adapter.kind.name}"
+    if not isinstance(getattr(adapter, "kind", None), Kind):
+        return "the layer reads its weight"
+    if adapter.kind.update is not linear_update:
+        return f"the layer is {adapter.kind.name}"
+    if adapter.rule != "add":
+        return f"the rule is {adapter.rule}"
     if not _runs_linear(type(layer)):
         return "the layer's forward is not torch.nn.Linear's"
     if not (_is_plain(layer.weight) and (layer.bias is None or _is_plain(layer.bias))):
@@ -44,7 +48,7 @@ def takes_fast_path(layer: Layer, adapter: "Adapter", x: Tensor) -> bool:
         not _is_transformed()
         and type(x) in _PLAIN
         and why_plain(layer, adapter) is None
-        and (x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        and (x.dtype == layer.weight.dtype or _is_cast(layer, x))
         and not (adapter.training and adapter.dropout > _MOST_DROPPED)
     )
 
@@ -53,7 +57,7 @@ def frozen_with_update(layer: Layer, adapter: "Adapter", x: Tensor) -> Tensor:
     """The output of a layer that takes the fast path, with the adapter."""
     p = adapter.dropout if adapter.training else 0.0
     W, bias = layer.weight, layer.bias
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_cast(layer, x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, W, bias = x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
     A, B = adapter.factors()
@@ -69,12 +73,17 @@ def _joins_in(layer: Layer, adapter: "Adapter") -> bool:
     the layer a class of its own: it would gather and reduce its parameters by itself."""
     return (
         "_veneer_front" in vars(type(layer))
+        and why_plain(layer, adapter) is None
         and type(adapter.lora_A) is nn.Parameter
         and adapter.start_A is None
         and not (adapter.training and adapter.dropout)
         and layer._veneer_merged is None
-        and why_plain(layer, adapter) is None
     )
+
+
+def _is_cast(layer: Layer, x: Tensor) -> bool:
+    """Whether autocast brings the input and the weight to one dtype; it leaves float64 alone."""
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, layer.weight.dtype)
 
 
 def _is_transformed() -> bool:

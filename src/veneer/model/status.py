@@ -1,5 +1,6 @@
 """What the adapters of a model are doing: layer by layer, and on the whole. Fields and words are PEFT's."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -9,6 +10,7 @@ from torch import nn
 from veneer.errors import MergeError
 from veneer.layers import swap
 from veneer.layers.attach import Adapters
+from veneer.layers.fast_path import why_plain
 from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
 from veneer.layers.saved_module import Copies
@@ -36,6 +38,8 @@ class TunerLayerStatus:
     available_adapters    the adapters here
     devices               by adapter: the kinds of device its parameters are on
     quantization_backend  how the weight is quantised, or None
+    path                  how it is computed: "fast", or "plain: " and why the fast path does not fit; "" for a module
+                          that is trained in full. PEFT has no such field
     """
 
     name: str
@@ -47,6 +51,7 @@ class TunerLayerStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None
+    path: str
 
 
 @dataclass
@@ -57,6 +62,7 @@ class TunerModelStatus:
     adapter_model_type  "LoraModel", or "None" for a model adapted in place
     peft_types          "LORA" for each adapter
     trainable_params, total_params, num_adapter_layers  counts
+    paths               {path: how many layers are computed so}. PEFT has no such field
 
     The other fields are those of a layer, summed up.
     """
@@ -74,6 +80,7 @@ class TunerModelStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None | Irregular
+    paths: dict[str, int]
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -117,6 +124,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             name: sorted({device for layer in layers for device in layer.devices.get(name, [])}) for name in names
         },
         quantization_backend=_agreed(layer.quantization_backend for layer in layers),
+        paths=dict(Counter(layer.path for layer in layers if layer.path)),
     )
 
 
@@ -136,7 +144,17 @@ def _layer_status(part: nn.Module, name: str, module: nn.Module, child: nn.Modul
         available_adapters=sorted(parameters),
         devices={adapter: sorted({p.device.type for p in mine}) for adapter, mine in parameters.items()},
         quantization_backend=_backend(module) if isinstance(child, Adapters) else None,
+        path=_path(module, route) if isinstance(child, Adapters) else "",
     )
+
+
+def _path(layer: Layer, route: Route) -> str:
+    """How a layer is computed in a pass in which the acting adapters serve the whole batch."""
+    here = [name for name in route.acting or sorted(layer.adapters.keys()) if name in layer.adapters]
+    if len(here) > 1 and route.acting:
+        return f"plain: {len(here)} adapters act at once"
+    reason = why_plain(layer, layer.adapters[here[0]]) if here else None
+    return "fast" if reason is None else f"plain: {reason}"
 
 
 def _in_weights(module: Layer, route: Route, names: Iterable[str]) -> list[str]:
