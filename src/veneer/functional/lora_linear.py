@@ -37,9 +37,7 @@ def project(x: Tensor, As: Sequence[Tensor], p: float = 0.0) -> tuple[Tensor, li
     return passed, hs
 
 
-def frozen_linear(
-    x: Tensor, W_OI: Tensor, bias: Tensor | None, h: Tensor, B_OR: Tensor, scale: float
-) -> Tensor:
+def frozen_linear(x: Tensor, W_OI: Tensor, bias: Tensor | None, h: Tensor, B_OR: Tensor, scale: float) -> Tensor:
     """x Wᵀ + bias + s · h Bᵀ, of shape (..., O), for a weight that gets no gradient."""
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, h, B_OR))):
         return _with_update(x, W_OI, bias, h, B_OR, scale)
@@ -128,7 +126,7 @@ class _FrozenLinear(Function):
     ) -> Tensor:
         ctx.save_for_backward(W_OI, h, B_OR)
         ctx.scale = scale
-        return _with_update(x, W_OI, bias, h, B_OR, scale)
+        return _with_update(x, W_OI, bias, h, B_OR, scale).detach()  # no view, so that it may change in place
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
