@@ -53,11 +53,11 @@ def one_seed(monkeypatch):
 )
 def test_values_and_gradients_are_the_plain_twin_s(leading, size, ranks, bias, x_grad, seed):
     torch.manual_seed(seed)
-    (O, I) = size
-    x, W, b = drawn(*leading, I, grad=x_grad), drawn(O, I, grad=False), drawn(O) if bias else None
-    As, Bs = [drawn(r, I) for r in ranks], [drawn(O, r) for r in ranks]
+    out, features = size
+    x, W, b = drawn(*leading, features, grad=x_grad), drawn(out, features, grad=False), drawn(out) if bias else None
+    As, Bs = [drawn(r, features) for r in ranks], [drawn(out, r) for r in ranks]
     leaves = [t for t in (x, b, *As, *Bs) if t is not None and t.requires_grad]
-    gs = [drawn(*leading, O, grad=False) for _ in ranks]
+    gs = [drawn(*leading, out, grad=False) for _ in ranks]
     found = [f(x, W, b, As, Bs) for f in (fast, plain)]
     gradients = [torch.autograd.grad(ys, leaves, gs) for ys in found]
     for mine, twin in zip([*found[0], *gradients[0]], [*found[1], *gradients[1]], strict=True):
@@ -107,12 +107,12 @@ def kept(run) -> list[Tensor]:
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_nothing_is_kept_but_x_and_thin_things(p):
-    T, I, O, R = 50, 40, 30, 2
-    x, W = drawn(T, I), drawn(O, I, grad=False)
-    As, Bs = [drawn(R, I), drawn(R, I)], [drawn(O, R), drawn(O, R)]
+    tokens, rank = 50, 2
+    x, W = drawn(tokens, 40), drawn(30, 40, grad=False)
+    As, Bs = [drawn(rank, 40), drawn(rank, 40)], [drawn(30, rank), drawn(30, rank)]
     known = {t.data_ptr() for t in (x, W, *As, *Bs)}
     new = [t for t in kept(lambda: fast(x, W, None, As, Bs, p)) if t.untyped_storage().data_ptr() not in known]
-    assert sum(t.untyped_storage().nbytes() for t in new) == T * 2 * R * 8  # x A of both, in one tensor
+    assert sum(t.untyped_storage().nbytes() for t in new) == tokens * 2 * rank * 8  # x A of both, in one tensor
 
 
 def test_a_part_of_the_outputs_may_go_unused():

@@ -6,8 +6,8 @@
 The plain twin is `F.linear(x, W, bias) + update_linear(x, A, B, scale)`. What is saved here:
 
 - `frozen_linear` adds the update into the layer's own output, and keeps W, h and B: nothing of the output's size.
-- `project` gives x on to the frozen layer, so in the backward pass it receives the frozen layer's gradient of x, and adds
-  the update's into it. It keeps x once for all its A's.
+- `project` gives x on to the frozen layer, so in the backward pass it receives the frozen layer's gradient of x, and
+  adds the update's into it. It keeps x once for all its A's.
 - Dropout is a seed (see dropout.py), and its places are put back after the sum instead of making one without them.
 
 Differentiable twice: where a graph of the gradients is asked for, the backward passes are plain sums and products.
@@ -78,14 +78,16 @@ class _Project(Function):
         return passed, *_projected(x, As, p, seed)
 
     @staticmethod
-    def backward(ctx: Any, g_x: Tensor | None, *g_hs: Tensor | None) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
         x, *As = ctx.saved_tensors
         ctx.spent = True
         p, wanted = ctx.p, ctx.needs_input_grad[3:]
-        there = [i for i, g in enumerate(g_hs) if g is not None]
-        if not there:
+        g_x, *g_hs = grad_outputs
+        given = {i: _rows(g) for i, g in enumerate(g_hs) if g is not None}
+        if not given:
             return g_x, None, None, *[None] * len(As)
-        g_h = torch.cat([_rows(g_hs[i]) for i in there], dim=1) if len(there) > 1 else _rows(g_hs[there[0]])
+        there = list(given)
+        g_h = torch.cat(list(given.values()), dim=1) if len(there) > 1 else given[there[0]]
         if p:
             g_h = g_h / (1 - p)
         gradients: list[Tensor | None] = [None] * len(As)
@@ -129,7 +131,8 @@ class _FrozenLinear(Function):
         return _with_update(x, W_OI, bias, h, B_OR, scale).detach()  # no view, so that it may change in place
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (g,) = grad_outputs
         W_OI, h, B_OR = ctx.saved_tensors
         for_x, _, for_bias, for_h, for_B, _ = ctx.needs_input_grad
         g_T = _rows(g)

@@ -65,7 +65,7 @@ def frozen_with_update(layer: Layer, adapter: "Adapter", x: Tensor) -> Tensor:
         passed, (h,) = lora_linear.project(x, [A.to(x.dtype)], p)
     else:
         passed, h = shared_input.project(layer, adapter, x, _joins_in)
-    return lora_linear.frozen_linear(passed, W, bias, h, B.to(x.dtype), adapter.scale)
+    return lora_linear.frozen_linear(passed, W, bias, h, B.to(x.dtype), float(adapter.scale))
 
 
 def _joins_in(layer: Layer, adapter: "Adapter") -> bool:
@@ -91,7 +91,7 @@ def _is_transformed() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
 

@@ -77,8 +77,8 @@ def introduce(model: nn.Module, paths: Iterable[str]) -> None:
         children = model.get_submodule(parent)._modules
         crosses = parent.rpartition(".")[2] in _CROSS_ATTENTION
         for names in _READ_ONE_INPUT:
-            there = (children.get(name) for name in names[crosses:])
-            siblings = tuple(child for child in there if hasattr(child, "adapters"))
+            there: list[Layer] = [children.get(name) for name in names[crosses:]]
+            siblings = tuple(layer for layer in there if hasattr(layer, "adapters"))
             for layer in siblings:
                 vars(layer.adapters)[_SIBLINGS] = siblings
 
@@ -114,13 +114,13 @@ def _adapters_together(
     siblings, plan = vars(layer.adapters).get(_SIBLINGS, ()), layer._veneer_route.plan
     if len(plan) != 1:
         return [adapter]
-    name, I = plan[0].name, x.shape[-1]
+    name, features = plan[0].name, x.shape[-1]
     found, later = [adapter], False
     for sibling in siblings:
         if later and name in getattr(sibling, "adapters", ()):
             other = sibling.adapters[name]
-            if together(sibling, other) and other.lora_A.device == x.device and other.lora_A.shape[1:] == (I,):
+            if together(sibling, other) and other.lora_A.device == x.device and other.lora_A.shape[1:] == (features,):
                 found.append(other)
         later = later or sibling is layer
     width = sum(len(one.lora_A) for one in found)
-    return found if x.numel() > _WORTH_STACKING * width * I else [adapter]
+    return found if x.numel() > _WORTH_STACKING * width * features else [adapter]
