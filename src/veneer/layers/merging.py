@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import MergeError
+from veneer.functional.finite import all_finite
+from veneer.functional.rounded_sum import add_products, exact_dtype, stays_finite
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.weights import Elsewhere, check_writable, kept, put_back, read, write
@@ -24,34 +26,65 @@ class MergedHere:
 
 
 def merged_values(
-    layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str, original: Tensor | None = None
+    layer: Layer,
+    parameter: str,
+    adapters: Sequence[Adapter],
+    what: str,
+    original: Tensor | None = None,
+    *,
+    checked: bool = False,
 ) -> dict[str, Tensor]:
     """A weight with these adapters in it, and the layer's bias if it changes, by the parameters' names.
 
     what      what an error calls the layer
     original  the weight before any adapter, if the layer has others in its weight already
+    checked   whether `check_merge` has passed
 
     Raises MergeError if the layer cannot take them in, or would overflow.
     """
+    if not checked:
+        _check_place(layer, parameter, adapters, what)
+    with torch.no_grad():
+        merged = _merged_weight(layer, parameter, adapters, original)
+        bias = _merged_bias(layer, parameter, adapters, original)
+    if not checked:
+        _check_values(layer, adapters, what, merged, bias)
+    return {parameter: merged} if bias is None else {parameter: merged, "bias": bias}
+
+
+def check_merge(layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str) -> None:
+    """Raise the MergeError that `merged_values` would raise, where it can be told without making the sum."""
+    _check_place(layer, parameter, adapters, what)
+    kind, W = adapters[0].kind, read(layer, parameter)
+    plain = kind.never_refuses_merge and not any(a.rule != "add" or a.lora_bias is not None for a in adapters)
+    with torch.no_grad():
+        products = [(A, B, s) for products, s in map(_products, adapters) for A, B in products]
+        if plain and stays_finite(W, products):
+            return
+    merged_values(layer, parameter, adapters, what)
+
+
+def _check_place(layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str) -> None:
     check_writable(layer, parameter, what)
     if (groups := adapters[0].kind.groups(layer)) > 1:
         raise MergeError(
             f"{what} has groups={groups}: each output sees the inputs of its group, with the adapter all of them, "
             "which its weight cannot express"
         )
-    with torch.no_grad():
-        merged = _merged_weight(layer, parameter, adapters, original)
-        bias = _merged_bias(layer, parameter, adapters, original)
+
+
+def _check_values(
+    layer: Layer, adapters: Sequence[Adapter], what: str, merged: Tensor, bias: Tensor | None
+) -> None:
     if _adds_bias(adapters) and bias is None:
         raise MergeError(f"{what} has no bias that could take in the adapter's (lora_bias)")
     if why := adapters[0].kind.refuse_merge(layer, merged):
         raise MergeError(f"{what}: {why}")
-    if not merged.isfinite().all() or (bias is not None and not bias.isfinite().all()):
+    if not all_finite(merged) or (bias is not None and not all_finite(bias)):
         raise MergeError(
             f"{what} ({merged.dtype}) would hold NaN or infinity: the adapter is broken, or its update too large "
             "for the dtype of the base (merge over a float32 base then)"
         )
-    return {parameter: merged} if bias is None else {parameter: merged, "bias": bias}
 
 
 def merge_here(layer: Layer, names: Sequence[str]) -> None:
@@ -83,11 +116,32 @@ def _adds_bias(adapters: Sequence[Adapter]) -> bool:
 
 def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter], original: Tensor | None) -> Tensor:
     now = read(layer, parameter)
+    if all(adapter.rule == "add" for adapter in adapters):
+        merged = _sum_in_blocks(adapters[0].kind.as_used(layer, now), adapters)
+        if merged is not None:
+            return merged
     base = _base(layer, adapters, now if original is None else original)
     total = base if original is None else _base(layer, adapters, now)
     for adapter in adapters:
         total = adapter.merged(total, base)
     return total.to(now.dtype)
+
+
+def _sum_in_blocks(W: Tensor, adapters: Sequence[Adapter]) -> Tensor | None:
+    """The weight with the adapters' updates, made a few rows at a time; None if it is no matrix in its place."""
+    merged = torch.empty_like(W, requires_grad=False)
+    places = adapters[0].kind.matrices_in(merged)
+    if any(place.untyped_storage().data_ptr() != merged.untyped_storage().data_ptr() for place in places):
+        return None
+    updates = [_products(adapter) for adapter in adapters]
+    for index, (W_OI, place) in enumerate(zip(adapters[0].kind.matrices_in(W), places, strict=True)):
+        add_products(W_OI, [(*products[index], scale) for products, scale in updates], place)
+    return merged
+
+
+def _products(adapter: Adapter) -> tuple[Sequence[tuple[Tensor, Tensor]], float]:
+    """The factors of each matrix's update, and what their product is multiplied by."""
+    return adapter.kind.products(*adapter.factors()), float(adapter.scale)
 
 
 def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter], original: Tensor | None) -> Tensor | None:
@@ -98,7 +152,7 @@ def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter], orig
     if layer._parameters.get("bias") is None or not _adds_bias(adapters):
         return None
     bias = read(layer, "bias")
-    total = torch.zeros_like(bias, dtype=_exact(bias))
+    total = torch.zeros_like(bias, dtype=exact_dtype(bias))
     for adapter in adapters:
         if adapter.lora_magnitude_vector is not None:
             base = _base(layer, adapters, read(layer, parameter) if original is None else original)
@@ -111,8 +165,4 @@ def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter], orig
 def _base(layer: Layer, adapters: Sequence[Adapter], weight: Tensor) -> Tensor:
     """A weight as the layer uses it, in the dtype that sums are made in."""
     used = adapters[0].kind.as_used(layer, weight)
-    return used.to(_exact(used))
-
-
-def _exact(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.device.type == "cpu" else torch.float32
+    return used.to(exact_dtype(used))

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from veneer.errors import MergeError, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.merging import merge_here, merged_values, unmerge_here
+from veneer.layers.merging import check_merge, merge_here, merged_values, unmerge_here
 from veneer.layers.peft_names import WeightNames
 from veneer.layers.replication import replication_of
 from veneer.layers.route import as_names
 from veneer.layers.weights import is_offloaded, kept, put_back, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
-from veneer.model.merge_shared import check_rows, merged_rows, one_with, put_merged, sources_of
+from veneer.model.merge_shared import Sources, check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
 
@@ -135,8 +135,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     try:
         names = _checked(model, overlay, names)
         with _standing_in(model, overlay, names):
-            for _ in _merged_parameters(model, names):
-                pass
+            _check_merge(model, names)
     except BaseException:
         if before:
             merge(model, before)
@@ -145,7 +144,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     overlay.route.set(active=names)
     place_stand_ins(model, overlay)
     sources = sources_of(model, names)
-    for (path, parameter), value in _merged_parameters(model, names):
+    for (path, parameter), value in _merged_parameters(model, names, checked=True):
         put_merged(model, sources, path, parameter, value)
     for name in names:
         for _, module in saved_modules(model, name):
@@ -218,7 +217,23 @@ def _standing_in(model: nn.Module, overlay: Overlay, names: tuple[str, ...]) -> 
             place_stand_ins(model, overlay)
 
 
-def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[tuple[str, str], Tensor]]:
+def _check_merge(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise what merging would raise; almost always without making the sums."""
+    sources = sources_of(model, names)
+    for _ in merged_rows(model, names, sources):
+        pass
+    problems = []
+    for (path, parameter), adapters in _adapters_by_weight(model, names, sources).items():
+        try:
+            check_merge(model.get_submodule(path), parameter, adapters, path)
+        except MergeError as problem:
+            problems.append(str(problem))
+    _raise_all(problems)
+
+
+def _merged_parameters(
+    model: nn.Module, names: Sequence[str], *, checked: bool = False
+) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """((path, name), merged value) of each parameter concerned, one at a time.
 
     Raises MergeError naming the layers that cannot take the adapter in, or whose weights would overflow.
@@ -226,26 +241,32 @@ def _merged_parameters(model: nn.Module, names: Sequence[str]) -> Iterator[tuple
     sources = sources_of(model, names)
     yield from merged_rows(model, names, sources)
     problems = []
-    for site, adapters in _adapters_by_weight(model, names).items():
-        if site[0] in sources:
-            continue
-        path, parameter = site
+    for (path, parameter), adapters in _adapters_by_weight(model, names, sources).items():
         try:
-            values = merged_values(model.get_submodule(path), parameter, adapters, path)
+            values = merged_values(model.get_submodule(path), parameter, adapters, path, checked=checked)
         except MergeError as problem:
             problems.append(str(problem))
             continue
         yield from (((path, name), value) for name, value in values.items())
+    _raise_all(problems)
+
+
+def _raise_all(problems: Sequence[str]) -> None:
     if problems:
         raise MergeError(
             bullet_list(f"Not merged: {len(problems)} weight(s) cannot take the adapter in:", shortened(problems))
         )
 
 
-def _adapters_by_weight(model: nn.Module, names: Sequence[str]) -> dict[tuple[str, str], list[Adapter]]:
+def _adapters_by_weight(
+    model: nn.Module, names: Sequence[str], sources: Sources
+) -> dict[tuple[str, str], list[Adapter]]:
+    """The adapters on each weight, but for those that are merged in the weight they are tied to."""
     found: dict[tuple[str, str], list[Adapter]] = {}
     for name in names:
         for site, adapter in adapters_by_site(model, name):
+            if site.path in sources:
+                continue
             found.setdefault((site.path, site.parameter), []).append(adapter)
     return found
 

@@ -4,7 +4,7 @@ A linear map on the last dimension needs no more than its size: every other memb
 does. Shapes: I in, O out, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,11 @@ def reshaped(W_OI: Tensor, shape: Shape) -> Tensor:
     return W_OI.reshape(shape)
 
 
+def as_matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A as (R, I), B as (O, R)."""
+    return A.flatten(1), B.flatten(1)
+
+
 def last_dimension(v_O: Tensor, y: Tensor) -> Tensor:
     """The vector as it is: outputs lie in the last dimension."""
     return v_O
@@ -103,6 +108,7 @@ class Kind:
     to_matrix     (W) -> the weight as an (O, I) matrix
     from_matrix   (matrix, shape of W) -> its inverse
     delta         (A, B, scale, shape of W) -> s·BA as a weight; None: the product of A and B as matrices
+    product       (A, B) -> matrices (R, I) and (O, R) whose product is the update as a matrix
     spread        (v of shape (O,), y) -> v so that it multiplies the outputs of y
     magnitude     (layer, O) -> the shape of a DoRA magnitude in an adapter file
     groups        (layer) -> in how many groups the outputs are, each of which sees its own part of the rank. With more
@@ -131,6 +137,7 @@ class Kind:
     to_matrix: Callable[[Tensor], Tensor] = same_matrix
     from_matrix: Callable[[Tensor, Shape], Tensor] = reshaped
     delta: Callable[[Tensor, Tensor, Number, Shape], Tensor] | None = None
+    product: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = as_matrices
     spread: Callable[[Tensor, Tensor], Tensor] = last_dimension
     magnitude: Callable[[Layer, int], Shape] = _flat_magnitude
     groups: Callable[[Layer], int] = _ungrouped
@@ -151,11 +158,24 @@ class Kind:
         """How many matrices one weight holds, each with factors of its own; O of the weight counts them all."""
         return 1 if self.stack is None else self.stack.matrices
 
+    @property
+    def never_refuses_merge(self) -> bool:
+        """Whether any finite weight can stand in such a layer."""
+        return self.refuse_merge is _no_reason
+
     def weight_delta(self, A: Tensor, B: Tensor, scale: Number, shape: Shape) -> Tensor:
         """The update s·BA in the shape of the weight."""
         if self.delta is not None:
             return self.delta(A, B, scale, shape)
-        return self.from_matrix(lowrank.delta(A.flatten(1), B.flatten(1), scale), shape)
+        return self.from_matrix(lowrank.delta(*self.product(A, B), scale), shape)
+
+    def matrices_in(self, W: Tensor) -> Sequence[Tensor]:
+        """Each matrix (O, I) that a weight holds; views of it where its place in memory allows that."""
+        return [self.to_matrix(W)] if self.stack is None else self.stack.matrices_in(W)
+
+    def products(self, A: Tensor, B: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Matrices (R, I) and (O, R) for each of those: their products are the update."""
+        return [self.product(A, B)] if self.stack is None else self.stack.products(A, B)
 
     def summed(self, A: Tensor, B: Tensor, more_A: Tensor, more_B: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of the sum of two updates."""

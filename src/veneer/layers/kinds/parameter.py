@@ -56,6 +56,16 @@ class Stack:
         A_ERI, B_ORE = self._apart(A, B)
         return self._kept((B_ORE * scale).permute(2, 0, 1) @ A_ERI, shape)
 
+    def matrices_in(self, W: Tensor) -> Sequence[Tensor]:
+        """The matrices, each (O, I): views of the parameter."""
+        whole = W.reshape(self.matrices, *W.shape[-2:])
+        return (whole.transpose(1, 2) if self.transposed else whole).unbind()
+
+    def products(self, A: Tensor, B: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """The factors (R, I) and (O, R) of each matrix."""
+        A_ERI, B_ORE = self._apart(A, B)
+        return list(zip(A_ERI.unbind(), B_ORE.unbind(2), strict=True))
+
     def joined(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The factors of the stack from those of each matrix."""
         return torch.cat(list(A)), torch.stack(list(B), dim=2).reshape(self.out_features, -1)

@@ -6,7 +6,6 @@ D width, R rank, V vocabulary.
 
 from torch import Tensor
 
-from veneer.functional import lowrank
 from veneer.layers.kinds.kind import Kind, Layer, Number, Shape, linear_update
 from veneer.layers.kinds.linear import LINEAR
 
@@ -15,8 +14,8 @@ def _update(layer: Layer, x: Tensor, A_RV: Tensor, B_DR: Tensor, scale: Number, 
     return linear_update(layer, x, B_DR.T, A_RV.T, scale, p)
 
 
-def _delta(A_RV: Tensor, B_DR: Tensor, scale: Number, shape: Shape) -> Tensor:
-    return lowrank.delta(B_DR.T, A_RV.T, scale)
+def _product(A_RV: Tensor, B_DR: Tensor) -> tuple[Tensor, Tensor]:
+    return B_DR.T, A_RV.T
 
 
 def _factors(layer: Layer, shape: tuple[int, int], rank: int) -> tuple[Shape, Shape]:
@@ -29,7 +28,7 @@ TIED_HEAD = Kind(
     LINEAR.dims,
     update=_update,
     factors=_factors,
-    delta=_delta,
+    product=_product,
     bias=False,
     on_disk=("lora_B.weight", "lora_A.weight"),
     refuse=LINEAR.refuse,
