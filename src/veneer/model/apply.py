@@ -30,7 +30,7 @@ from veneer.model.overlay import (
 from veneer.model.plan import Plan, plan
 from veneer.model.renamed.targets import with_names_of_today
 from veneer.model.statistics import forget_statistics, kept_statistics
-from veneer.model.tensors import copy_tensors
+from veneer.model.tensors import copy_besides_factors
 from veneer.model.waiting import stop_waiting, wait_for_data
 from veneer.targets import Resolution
 
@@ -132,7 +132,7 @@ def _carry_out(
     hang(model, overlay)
     follow_invocations(model, overlay)
     if tensors is not None:
-        copy_tensors(model, name, tensors)
+        copy_besides_factors(model, name, tensors)
     else:
         forget_statistics(model, todo.config)
         wait_for_data(model, name)

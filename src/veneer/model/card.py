@@ -9,14 +9,18 @@ from typing import Any
 from torch import nn
 
 from veneer._version import __version__
+from veneer.layers.attach import Adapters
+from veneer.layers.saved_module import Copies
+from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.card_loading import how_to_load
 from veneer.model.contents import Contents, contents_of, scale_of
-from veneer.model.tensors import adapter_tensors
 from veneer.storage.adapter_file import read_config, read_weights_header
 from veneer.storage.card import CARD_FILE, may_be_written, read_card, section, updated, with_metadata
+from veneer.storage.header import Header
 from veneer.storage.hub import is_hub_id
 from veneer.storage.write import write_file
 
+_OURS = (Adapters, Copies, RowsByAdapter)
 ORDER = ("adapter", "training", "scores", "use")
 PIPELINES = {"CAUSAL_LM": "text-generation"}  # of the other tasks a tag would be a guess
 # Settings that a reader is told if they are not at the value that means "not used".
@@ -43,24 +47,33 @@ class Base:
     quantised: str | None = None
 
 
-def base_of(model: nn.Module, name: str) -> Base:
-    """What the card of adapter `name` says of the model under it."""
+def base_of(model: nn.Module) -> Base:
+    """What a card says of the model under an adapter."""
     config: Any = getattr(model, "config", None)
     quantised: Any = getattr(config, "quantization_config", None)
     method = getattr(quantised, "quant_method", None)
-    own = sum(tensor.numel() for tensor in adapter_tensors(model, name).values())
     return Base(
-        numbers=sum(parameter.numel() for parameter in model.parameters()) - own,
+        numbers=_base_numbers(model),
         of_transformers=type(model).__module__.startswith("transformers.") or hasattr(config, "model_type"),
         tags=tuple(getattr(model, "model_tags", None) or ()),
         quantised=None if method is None else str(getattr(method, "value", method)),
     )
 
 
+def _base_numbers(model: nn.Module) -> int:
+    """How many numbers the base has, each counted once, whatever adapters lie over it."""
+    found, modules = {}, [model]
+    for module in modules:
+        found |= {id(value): value.numel() for value in module._parameters.values() if value is not None}
+        modules += [child for child in module._modules.values() if child is not None and not isinstance(child, _OURS)]
+    return sum(found.values())
+
+
 def write_card(
     folder: Path,
     *,
     before: Path | None = None,
+    header: Header | None = None,
     into: Path | None = None,
     base: Base | None = None,
     location: str | None = None,
@@ -70,7 +83,8 @@ def write_card(
 ) -> None:
     """Write README.md beside an adapter, or renew the parts of it that are ours.
 
-    before    a folder whose README.md is carried on, if it is another one than `folder`
+    before    a folder whose README.md is carried on, if it is another one than `folder`, which is being filled then
+    header    of the weights of the adapter described, if it was read already
     into      where it goes, if not beside the adapter
     location  what the adapter is loaded by: a hub id, or a folder
     adapters  subfolders of the adapters it speaks of, the one described first; "" is the folder itself
@@ -82,7 +96,7 @@ def write_card(
     if not may_be_written(old):
         return
     described = folder / adapters[0]
-    config, header = read_config(described), read_weights_header(described)
+    config, header = read_config(described), read_weights_header(described) if header is None else header
     of = header.metadata.get("sha256", "")[:16] or None
     contents = contents_of(header.tensors, config)
     sections = {
@@ -96,7 +110,10 @@ def write_card(
         text = with_metadata(_new(config, sections), metadata)
     else:
         text = updated(text, metadata, sections, of=of, order=ORDER)
-    write_file((into or folder) / CARD_FILE, text.encode())
+    if before is None or into is not None:
+        write_file((into or folder) / CARD_FILE, text.encode())
+    else:  # flushed with the folder
+        (folder / CARD_FILE).write_bytes(text.encode())
 
 
 def metadata_of(config: Mapping[str, Any], base: Base | None, tags: Iterable[str] = ()) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def save_adapter(
         check_start_can_be_redone(config, f"Not saved to {folder}")
         kept = {key: kept[key] for key in expected}
     if card is not None:
-        card = {"base": base_of(model, name), **card}
+        card = {"base": base_of(model), **card}
     write_values(folder, config, kept, card=card)
 
 
@@ -127,7 +127,7 @@ def save_adapters(
     for name, place in places.items():
         save_adapter(model, name, folder / place, state=state, plain=plain, card=None if place else card)
     if DEFAULT not in places:
-        write_card(folder, base=base_of(model, names[0]), **card)
+        write_card(folder, base=base_of(model), **card)
 
 
 def write_values(
@@ -145,8 +145,9 @@ def write_values(
     notes = {"veneer_version": __version__, **note_of(config)}
     target = Path(folder)
 
-    def beside(stage: Path) -> None:
-        write_card(stage, before=target, **(card or {}))
+    def beside(stage: Path, header: Header) -> None:
+        alone = (card or {}).get("adapters", ("",))[0] == ""
+        write_card(stage, before=target, header=header if alone else None, **(card or {}))
 
     write_adapter(
         target,
@@ -191,7 +192,7 @@ def load_adapter(
     todo = plan(model, name, config, strict=False)
     with replicated(model, todo.config.layer_replication):
         tensors = _checked_tensors(model, folder, todo.resolution, header, renamed=renamed)
-        check_range(folder, tensors, saved_dtypes(model, todo.resolution, float32=float32))
+        check_range(folder, tensors, saved_dtypes(model, todo.resolution, tensors, float32=float32))
     carry_out(model, todo, tensors=tensors, float32=float32)
     return todo.config
 
@@ -249,10 +250,11 @@ def _checked_tensors(
     """
     names = header if renamed is None else renamed.header
     expected = joined_shapes(expected_tensors(model, resolution), halves)
-    repeated = repeated_keys(model, resolution, names.tensors)
+    extra = [key for key in names.tensors if key not in expected]
+    repeated = repeated_keys(model, resolution, names.tensors) if extra else {}
     repeated = {key: base for key, base in repeated.items() if key not in expected}
     check_header(folder, names, expected, repeated)
-    tensors = read_tensors(folder, header.tensors)
+    tensors = read_tensors(folder, header.tensors, header)
     check_integrity(folder, header, tensors)
     tensors = tensors if renamed is None else renamed.values(tensors)
     check_repeats_base(model, str(Path(folder) / WEIGHTS_FILE), tensors, repeated, replaced_rows(resolution))
@@ -262,7 +264,9 @@ def _checked_tensors(
 
 def _saved_as_in_peft(model: nn.Module, config: LoraConfig, header: Header) -> LoraConfig:
     """The config with each module named that PEFT took for one of `modules_to_save` and the file has values of."""
+    if not config.modules_to_save:
+        return config
     modules = read_by_ending((path for path, _ in model.named_modules()), config)
     whole = {path: original_state(model.get_submodule(path)) for path in modules}
     found = [p for p, state in whole.items() if state and all(keys.saved(p, name) in header.tensors for name in state)]
-    return config.changed(modules_to_save=[*(config.modules_to_save or []), *found]) if found else config
+    return config.changed(modules_to_save=[*config.modules_to_save, *found]) if found else config

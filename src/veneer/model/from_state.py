@@ -39,5 +39,6 @@ def load_adapter_state(
     todo = plan(model, name, config, strict=False)
     with replicated(model, todo.config.layer_replication):
         tensors = checked_values(model, todo.resolution, state, "the config given with it")
-        check_range("The state dict", tensors, saved_dtypes(model, todo.resolution, float32=float32))
+        check_range("The state dict", tensors, saved_dtypes(model, todo.resolution, tensors, float32=float32))
+    tensors = {key: value.clone() for key, value in tensors.items()}  # the adapter's own, whatever becomes of `state`
     carry_out(model, todo, tensors=tensors, float32=float32)

@@ -117,10 +117,16 @@ def first_rows(model: nn.Module, site: TokenSite, *, float32: bool = True) -> To
     return TokenRows(site.tokens, weight.detach()[tokens].to(_dtype(weight, float32)))
 
 
-def saved_dtypes(model: nn.Module, resolution: Resolution, *, float32: bool = True) -> dict[str, torch.dtype]:
-    """The dtypes that the values of a file get when they are attached, by their names there."""
+def saved_dtypes(
+    model: nn.Module, resolution: Resolution, tensors: Mapping[str, Tensor], *, float32: bool = True
+) -> dict[str, torch.dtype]:
+    """The dtypes that the values of a file get when they are attached, by their names there.
+
+    Those of factors are left out where none of them can get a narrower one.
+    """
     dtypes: dict[str, torch.dtype] = {}
-    for site in resolution.sites:
+    wide = not float32 or any(value.dtype is torch.float64 for value in tensors.values())
+    for site in resolution.sites if wide else ():
         dtype = _dtype(stored(model.get_submodule(site.path), site.parameter), float32)
         dtypes |= dict.fromkeys(site_keys(site).values(), dtype)
     for path in resolution.saved:

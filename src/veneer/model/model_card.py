@@ -16,7 +16,7 @@ def card_of_model(model: nn.Module, name: str, folder: Path, *, said: Mapping[st
 
     said  more sections by name (`write_card`)
     """
-    base = base_of(model, name)
+    base = base_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     if all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE)):
         write_card(folder, base=base, said=said)

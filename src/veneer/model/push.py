@@ -48,7 +48,7 @@ def push_folder(folder: Path, repo_id: str, **options: Any) -> "CommitInfo":
     """
     config = config_in(folder)
     header = read_weights_header(folder)
-    check_integrity(folder, header, read_tensors(folder, header.tensors))
+    check_integrity(folder, header, read_tensors(folder, header.tensors, header))
 
     def save(target: Path, card: Mapping[str, Any]) -> None:
         for file in folder.iterdir():

@@ -218,7 +218,7 @@ def load_peft_weights(
     """
     folder = adapter_folder(model_id, subfolder=subfolder, **hub)
     header = read_weights_header(folder)
-    tensors = read_tensors(folder, header.tensors)
+    tensors = read_tensors(folder, header.tensors, header)
     check_integrity(folder, header, tensors)
     renamed = {_renamed(key, key_mapping or {}): key for key in tensors}
     if len(renamed) < len(tensors):

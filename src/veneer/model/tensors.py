@@ -165,8 +165,6 @@ def _on_disk(site: Site, part: str, value: Tensor) -> Tensor:
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The values of adapter `name` by their names in an adapter file: the tensors themselves, not copies."""
-    overlay = overlay_needed(model)
-    resolution = overlay.resolutions[name]
     tensors: dict[str, Tensor] = {}
     for site, adapter in adapters_by_site(model, name):
         for part, key in site_keys(site).items():
@@ -175,6 +173,12 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             keys_of = site_keys(site)
             tensors[keys_of["lora_A"] + START] = adapter.start_A
             tensors[keys_of["lora_B"] + START] = adapter.start_B
+    return tensors | _besides_factors(model, name)
+
+
+def _besides_factors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Those of them that are no adapter's on a layer: modules trained in full, rows of embeddings, biases."""
+    overlay, tensors = overlay_needed(model), {}
     for path, module in saved_modules(model, name):
         settle(module.modules_to_save[name])
         for inner, value in module.modules_to_save[name].state_dict().items():
@@ -183,7 +187,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         tensors[keys.token_rows(site.path)] = rows.trainable_tokens_delta.detach()
     if name in overlay.biases:
         for parameter_name, value in overlay.biases[name].values(model).items():
-            tensors[bias_key(resolution, parameter_name)] = value
+            tensors[bias_key(overlay.resolutions[name], parameter_name)] = value
     return tensors
 
 
@@ -219,6 +223,14 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
         key: value.reshape(shapes[key]) if key in shapes and value.numel() == math.prod(shapes[key]) else value
         for key, value in found.items()
     }
+
+
+def copy_besides_factors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy those checked values into a new adapter whose layers were made with theirs."""
+    with torch.no_grad():
+        for key, value in _besides_factors(model, name).items():
+            value.copy_(tensors[key])
+    stop_waiting(model, overlay_needed(model), name)
 
 
 def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterFileError, bullet_list, shortened
 from veneer.storage.header import Header, read_header
+from veneer.storage.values import bytes_of, holds, read_values
 from veneer.storage.write import write_folder
 
 if TYPE_CHECKING:
@@ -104,24 +105,16 @@ def check_header(folder: Path, header: Header, expected: Mapping[str, Expected],
         raise AdapterFileError(bullet_list(f"{file} does not fit this model and {CONFIG_FILE}:", problems))
 
 
-def read_tensors(folder: Path, names: Iterable[str], *, device: str = "cpu") -> dict[str, "Tensor"]:
-    """The named tensors. Raises AdapterFileError naming those that hold NaN or infinity."""
-    from safetensors import SafetensorError, safe_open
+def read_tensors(folder: Path, names: Iterable[str], header: Header | None = None) -> dict[str, "Tensor"]:
+    """The named tensors, on the CPU. Raises AdapterFileError naming those that hold NaN or infinity.
+
+    header  of the file, if it was read already
+    """
+    from veneer.functional.finite import not_finite
 
     file = Path(folder) / WEIGHTS_FILE
-    try:
-        with safe_open(str(file), framework="pt", device=device) as opened:
-            tensors = {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{file} cannot be read: {error}") from None
-    if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise AdapterFileError(
-            bullet_list(
-                f"Not saved to {folder}: these tensors lie on the meta device, without values:", shortened(absent)
-            )
-        )
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
+    tensors = read_values(file, read_weights_header(folder) if header is None else header, names)
+    if broken := not_finite(tensors):
         raise AdapterFileError(
             bullet_list(f"{file} holds NaN or infinity, so it was broken before it was saved:", shortened(broken))
         )
@@ -132,21 +125,23 @@ def check_integrity(folder: Path, header: Header, tensors: Mapping[str, "Tensor"
     """Compare the tensors with the checksum the file carries, if it carries one. Raises AdapterFileError."""
     recorded = header.metadata.get("sha256")
     if recorded is not None and len(tensors) == len(header.tensors) and recorded != checksum(tensors):
-        raise AdapterFileError(
-            f"{Path(folder) / WEIGHTS_FILE} was changed after it was written: its checksum differs. "
-            "Copy or download it again."
-        )
+        raise _changed(folder)
+
+
+def _changed(folder: Path) -> AdapterFileError:
+    return AdapterFileError(
+        f"{Path(folder) / WEIGHTS_FILE} was changed after it was written: its checksum differs. "
+        "Copy or download it again."
+    )
 
 
 def checksum(tensors: Mapping[str, "Tensor"]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
-    import torch
-
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()
 
 
@@ -156,11 +151,12 @@ def write_adapter(
     tensors: Mapping[str, "Tensor"],
     *,
     metadata: Mapping[str, str] | None = None,
-    beside: Callable[[Path], None] | None = None,
+    beside: Callable[[Path, Header], None] | None = None,
 ) -> None:
     """Write both files in one step and read them back before they count.
 
-    beside  called with the folder that holds them and is about to take the old one's place, to add files of its own
+    beside  called with the folder that holds them and is about to take the old one's place, to add files of its own,
+            and with the header of the weights
 
     Whatever happens, the folder holds the old adapter or the new one. Other files of the folder stay; a pickle of an
     older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite or not there,
@@ -169,14 +165,15 @@ def write_adapter(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from veneer.functional.finite import not_finite
+
     if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise AdapterFileError(
             bullet_list(
                 f"Not saved to {folder}: these tensors lie on the meta device, without values:", shortened(absent)
             )
         )
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
+    if broken := not_finite(tensors):
         raise AdapterFileError(
             bullet_list(f"Not saved to {folder}: these tensors hold NaN or infinity:", shortened(broken))
         )
@@ -189,11 +186,13 @@ def write_adapter(
         except SafetensorError as error:
             raise AdapterFileError(f"Not saved to {folder}: {error}") from None
         (stage / CONFIG_FILE).write_text(config_json, encoding="utf-8")
-        check_integrity(stage, read_weights_header(stage), read_tensors(stage, plain))
+        header = read_weights_header(stage)
+        if header.metadata != notes or not holds(stage / WEIGHTS_FILE, header, plain):
+            raise _changed(stage)
         if (stage / CONFIG_FILE).read_text(encoding="utf-8") != config_json:
             raise AdapterFileError(f"Not saved to {folder}: the disk returned something other than what was written.")
         if beside is not None:
-            beside(stage)
+            beside(stage, header)
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

@@ -101,7 +101,8 @@ def _parse(file: Path, text: bytes) -> dict:
 def _tensor_info(file: Path, name: str, entry: object) -> TensorInfo:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-            whole = all(type(n) is int and 0 <= n < MAX_BYTES for n in (*shape, start, end))
+            numbers = [*shape, start, end]
+            whole = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < MAX_BYTES
             if dtype in DTYPE_BYTES and whole and len(shape) <= MAX_DIMENSIONS:
                 expected = prod(shape) * DTYPE_BYTES[dtype]
                 if expected == end - start:

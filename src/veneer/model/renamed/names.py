@@ -1,6 +1,7 @@
 """The names of tensors in an adapter file, taken apart: what of the model they speak of, and what PEFT added."""
 
-from functools import lru_cache
+from collections.abc import Set
+from functools import cached_property, lru_cache
 
 from torch import nn
 
@@ -17,7 +18,12 @@ class Known:
 
     def __init__(self, structure: Structure, model: nn.Module) -> None:
         self.modules = structure.modules
-        self.values = model.state_dict().keys()
+        self._model = model
+
+    @cached_property
+    def values(self) -> Set[str]:
+        """The names of the model's values; made only where a file has such a name."""
+        return self._model.state_dict().keys()
 
     def has(self, key: str) -> bool:
         """Whether the tensor of this name would be of something that the model has."""
