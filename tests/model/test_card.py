@@ -8,6 +8,7 @@ import tiny
 from veneer import LoraConfig, get_peft_model
 from veneer.errors import AdapterNameError
 from veneer.integrations.transformers import add_adapter
+from veneer.model.card import base_of
 from veneer.model.card_loading import VLLM_RANKS, refused_by_vllm
 from veneer.model.contents import contents_of
 
@@ -152,3 +153,11 @@ def test_a_model_of_plain_torch_has_a_card_too(tmp_path):
     found = ModelCard.load(tmp_path / "README.md")
     assert found.data.to_dict() == {"library_name": "peft", "tags": ["lora", "veneer"]}
     assert "A LoRA adapter for a model that the adapter does not name." in found.text
+
+
+def test_other_adapters_are_not_counted_to_the_base():
+    base = tiny.llama()
+    numbers = sum(value.numel() for value in base.parameters())
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
+    assert base_of(model.get_base_model()).numbers == numbers

@@ -332,3 +332,90 @@ def test_an_adapter_saved_in_half_precision_loads_in_float32(folder):
     model = veneer.PeftModel.from_pretrained(tiny.llama(dtype=torch.bfloat16), folder)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     assert layer.adapters["default"].lora_A.dtype == torch.float32
+
+
+def test_a_loaded_adapter_is_its_own_whatever_becomes_of_the_file(folder):
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    start = read_header(folder / WEIGHTS).data_start
+    with (folder / WEIGHTS).open("r+b") as stream:
+        stream.seek(start)
+        stream.write(b"\0" * ((folder / WEIGHTS).stat().st_size - start))
+    assert before
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_an_adapter_given_by_its_values_does_not_share_them(folder):
+    values = load_file(folder / WEIGHTS)
+    config = veneer.LoraConfig.from_pretrained(folder)
+    model = tiny.llama()
+    veneer.inject_adapter_in_model(config, model, state_dict=values)
+    before = model.model.layers[1].self_attn.v_proj.adapters["default"].lora_B.clone()
+    for value in values.values():
+        value.zero_()
+    assert torch.equal(model.model.layers[1].self_attn.v_proj.adapters["default"].lora_B, before)
+
+
+class Counted:
+    """Calls of functions, by name."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.monkeypatch = {}, monkeypatch
+
+    def watch(self, module, name):
+        real = getattr(module, name)
+        self.calls[name] = 0
+
+        def counted(*args, **kwargs):
+            self.calls[name] += 1
+            return real(*args, **kwargs)
+
+        self.monkeypatch.setattr(module, name, counted)
+
+
+def test_loading_reads_the_file_once_and_initialises_nothing(folder, monkeypatch):
+    from veneer.model import make
+    from veneer.storage import adapter_file
+
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    counted = Counted(monkeypatch)
+    for module, name in ((adapter_file, "read_header"), (adapter_file, "read_values"), (make, "initialise")):
+        counted.watch(module, name)
+    for name in ("kaiming_uniform_", "normal_", "uniform_"):
+        counted.watch(torch.nn.init, name)
+    model.load_adapter(folder, "other")
+    assert counted.calls.pop("read_header") == counted.calls.pop("read_values") == 1
+    assert set(counted.calls.values()) == {0}
+
+
+def test_saving_flushes_three_files_and_two_folders_and_parses_one_header(tmp_path, monkeypatch):
+    import os
+
+    from veneer.model import card
+    from veneer.storage import adapter_file
+
+    model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS))
+    counted = Counted(monkeypatch)
+    for module, name in ((os, "fsync"), (adapter_file, "read_header"), (card, "read_weights_header")):
+        counted.watch(module, name)
+    model.save_pretrained(tmp_path / "a")
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    assert counted.calls == {"fsync": 5, "read_header": 1, "read_weights_header": 0}
+
+
+def test_loading_and_saving_look_at_no_parameter_of_other_adapters(folder, tmp_path, monkeypatch):
+    from veneer.model import files, tensors
+
+    def seen(others):
+        model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+        for index in range(others):
+            model.load_adapter(folder, f"other{index}")
+        with monkeypatch.context() as patch:
+            counted = Counted(patch)
+            counted.watch(tensors, "_on_disk")
+            counted.watch(files, "expected_tensors")
+            model.save_pretrained(tmp_path / f"{others}", selected_adapters=["default"])
+            model.load_adapter(folder, "last")
+        return counted.calls
+
+    assert seen(0) == seen(5)

@@ -223,3 +223,27 @@ def test_casting_the_model_while_merged():
     with model.disable_adapter():
         expected = tiny.llama(dtype=torch.bfloat16)(tiny.ids()).logits
         assert torch.equal(model(tiny.ids()).logits, expected)
+
+
+def test_folding_in_makes_each_sum_once(monkeypatch):
+    from veneer.layers import merging
+
+    model, sums = adapted(), []
+    sites = sum(1 for name, _ in model.named_parameters() if "lora_A" in name)
+    real = merging.add_products
+    monkeypatch.setattr(merging, "add_products", lambda *given: sums.append(1) or real(*given))
+    model.merge_and_unload()
+    assert len(sums) == sites > 0
+
+
+def test_folding_in_checks_closely_where_a_bound_does_not_do(monkeypatch):
+    from veneer.layers import merging
+
+    asked = []
+    monkeypatch.setattr(merging, "stays_finite", lambda *given: asked.append(1))
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    adapter = layer.adapters["default"]
+    exact = layer.weight.double() + adapter.scale * adapter.lora_B.double() @ adapter.lora_A.double()
+    assert torch.equal(model.merge_and_unload().model.layers[0].self_attn.q_proj.weight, exact.float())
+    assert asked

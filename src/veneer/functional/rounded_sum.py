@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 16  # numbers of a weight that are summed at once on a CPU, where they stay in the cache
-DEVICE_BLOCK = 1 << 24  # and elsewhere
+DEVICE_BLOCK = 1 << 24  # and elsewhere, where each step has a cost
 
 
 def exact_dtype(weight: Tensor) -> torch.dtype:

@@ -73,9 +73,7 @@ def _check_place(layer: Layer, parameter: str, adapters: Sequence[Adapter], what
         )
 
 
-def _check_values(
-    layer: Layer, adapters: Sequence[Adapter], what: str, merged: Tensor, bias: Tensor | None
-) -> None:
+def _check_values(layer: Layer, adapters: Sequence[Adapter], what: str, merged: Tensor, bias: Tensor | None) -> None:
     if _adds_bias(adapters) and bias is None:
         raise MergeError(f"{what} has no bias that could take in the adapter's (lora_bias)")
     if why := adapters[0].kind.refuse_merge(layer, merged):

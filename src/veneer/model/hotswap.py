@@ -24,7 +24,7 @@ from veneer.model.overlay import DEFAULT, Overlay, adapted_part, adapters_by_sit
 from veneer.model.renamed.state import adapter_of_today
 from veneer.model.start import takes_off_its_start
 from veneer.model.state_dict import check_state, checked_values, with_prefix
-from veneer.model.tensors import adapter_tensors, check_range, site_keys
+from veneer.model.tensors import adapter_tensors, check_range, copy_besides_factors, site_keys
 from veneer.storage.hub import adapter_folder
 from veneer.targets import Resolution, Site, resolve
 
@@ -228,11 +228,7 @@ def _swap(
         modules_to_save=resolution.modules_to_save,
         fan_in_fan_out=any(site.kind.fan_in_fan_out for site in resolution.sites),
     )
-    of_sites = {key for site in resolution.sites for key in site_keys(site).values()}
-    with torch.no_grad():
-        for key, value in adapter_tensors(part, name).items():
-            if key not in of_sites:
-                value.copy_(tensors[key])
+    copy_besides_factors(part, name, tensors)
     follow_route(part, overlay)
 
 

@@ -40,7 +40,7 @@ def _read_each(file: Path, header: Header, names: Iterable[str]) -> Iterator[tup
                 if place != (begin := header.data_start + info.start):
                     stream.seek(begin)
                 raw = torch.empty(info.nbytes, dtype=torch.uint8)
-                _fill(stream, memoryview(raw.numpy()))
+                _fill(stream, raw.numpy().data)
                 place = begin + info.nbytes
                 yield name, raw.view(dtypes[info.dtype]).view(info.shape)
     except (OSError, EOFError, KeyError) as error:
