@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from veneer.functional.transforms import is_plain, is_transformed
+
 _CACHED = 2**17  # numbers that stay in a core's cache between the steps that read and write them
 _BUFFERED = 2**24  # the same on other devices, where it bounds the memory alone
 
@@ -25,7 +27,7 @@ def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float | Tensor) -
     device = W_OI.device.type
     with torch.no_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         A_RI, B_OR = A_RI.to(dtype), (B_OR * scale).to(dtype)
-        if torch.compiler.is_compiling():
+        if is_transformed() or not (is_plain(W_OI) and is_plain(A_RI) and is_plain(B_OR)):
             return torch.linalg.vector_norm(torch.addmm(W_OI.to(dtype), B_OR, A_RI), dim=1)
         if W_OI.stride(0) == 1 and W_OI.stride(1) != 1:  # kept as (I, O)
             return _column_norms(W_OI.T, A_RI, B_OR)

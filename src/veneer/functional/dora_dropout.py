@@ -23,14 +23,27 @@ from veneer.functional.dropped_elements import FEWEST_ROWS, MOST, Dropped, draw,
 from veneer.functional.lowrank import update_linear
 
 
+def can(W_OI: Tensor, p: float) -> bool:
+    """Whether sparse products are made for such a weight, and so few elements that they are faster than dense ones."""
+    return W_OI.device.type == "cpu" and W_OI.dtype in (torch.float32, torch.float64) and 0 < p <= MOST
+
+
 def pays(x: Tensor, p: float) -> bool:
-    """Whether sparse products are made for this input and faster than dense ones."""
-    few = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return few and 0 < p <= MOST and x.numel() >= FEWEST_ROWS * x.shape[-1]
+    """Whether they are faster for this input of the weight's dtype: turning the weight must be worth it."""
+    return can(x, p) and x.numel() >= FEWEST_ROWS * x.shape[-1]
 
 
 def dora_dropped(
-    x: Tensor, W_OI: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, g_O: Tensor, scale: float, p: float, seed: int
+    x: Tensor,
+    W_OI: Tensor,
+    bias_O: Tensor | None,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    g_O: Tensor,
+    *,
+    scale: float,
+    p: float,
+    seed: int,
 ) -> Tensor:
     """W x + bias + (g - 1) · W drop(x) + g · s B A drop(x), of shape (..., O), for a weight that gets no gradient.
 
@@ -40,7 +53,15 @@ def dora_dropped(
 
 
 def dora_dropped_plainly(
-    x: Tensor, bias_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, g_O: Tensor, W_OI: Tensor, scale: float, p: float, seed: int
+    x: Tensor,
+    bias_O: Tensor | None,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    g_O: Tensor,
+    W_OI: Tensor,
+    scale: float,
+    p: float,
+    seed: int,
 ) -> Tensor:
     """The plain twin of `dora_dropped`: the formula with a mask."""
     inputs = x.shape[-1]
