@@ -26,7 +26,7 @@ def row_norms(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float | Tensor) -
     dtype = torch.promote_types(torch.promote_types(W_OI.dtype, A_RI.dtype), torch.float32)
     device = W_OI.device.type
     with torch.no_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        A_RI, B_OR = A_RI.to(dtype), (B_OR * scale).to(dtype)
+        A_RI, B_OR = A_RI.to(dtype), B_OR.to(dtype) * scale
         if is_transformed() or not (is_plain(W_OI) and is_plain(A_RI) and is_plain(B_OR)):
             return torch.linalg.vector_norm(torch.addmm(W_OI.to(dtype), B_OR, A_RI), dim=1)
         if W_OI.stride(0) == 1 and W_OI.stride(1) != 1:  # kept as (I, O)

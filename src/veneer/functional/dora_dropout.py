@@ -11,6 +11,7 @@ Dropout is kept as a seed. Beside x and h only one tensor of the output's size i
 Shapes: I in, O out, R rank, T the product of leading dimensions, N dropped elements.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from veneer.functional.dora import graph_of, scaled_dots
-from veneer.functional.dropped_elements import FEWEST_ROWS, MOST, Dropped, draw, product, sampled, without
+from veneer.functional.dropped_elements import FEWEST_ROWS, MOST, draw, product, sampled, without
 from veneer.functional.lowrank import update_linear
 
 
@@ -103,8 +104,8 @@ class _DoraDropped(Function):
         *inputs, W_OI, h_TR, Wd_TO = ctx.saved_tensors
         scale, p, seed, wanted = ctx.scale, ctx.p, ctx.seed, ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            z = lambda *inputs: dora_dropped_plainly(*inputs, W_OI, scale, p, seed)
-            return *graph_of(z, inputs, wanted, dz), *[None] * 4
+            plain = partial(dora_dropped_plainly, W_OI=W_OI, scale=scale, p=p, seed=seed)
+            return *graph_of(plain, inputs, wanted, dz), *[None] * 4
         x, _, A_RI, B_OR, g_O = inputs
         for_x, for_bias, for_A, for_B, for_g = wanted
         dz_TO, x_TI = dz.reshape(-1, len(g_O)), x.reshape(-1, x.shape[-1])

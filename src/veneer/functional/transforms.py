@@ -1,4 +1,4 @@
-"""Whether torch traces or transforms what is computed just now, which autograd functions of our own are not made for."""
+"""Whether torch traces or transforms what is computed just now: autograd functions of our own are not made for that."""
 
 import torch
 from torch import Tensor, nn

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 
 class _Source(NamedTuple):
-    """A tensor as it was: its identity, what counts its changes, and some of its numbers."""
+    """A tensor as it was. It is not held, even weakly: `torch.utils.swap_tensors` refuses one that is.
 
-    tensor: "weakref.ref[Tensor]"
+    state   which one it was, and what counts its changes
+    sample  some of its numbers
+    """
+
     state: tuple[object, ...]
     sample: Tensor
 
@@ -44,6 +47,8 @@ def norms(adapter: "Adapter", layer: Layer, W: Tensor) -> Tensor:
     and column are compared, too, and any call that trains ends it. An edit that evades all that must be of single
     numbers, through `.data`, between two calls in evaluation.
     """
+    if is_transformed():
+        return _computed(adapter, W)
     if not _may_keep(adapter, layer, W):
         _KEPT.pop(adapter, None)
         return _computed(adapter, W)
@@ -52,7 +57,7 @@ def norms(adapter: "Adapter", layer: Layer, W: Tensor) -> Tensor:
     if kept is not None and kept.scale == scale and _same(tensors, kept.sources):
         return kept.norms_O
     found = _computed(adapter, W)
-    _KEPT[adapter] = _Kept(tuple(_Source(weakref.ref(t), _state(t), _sample(t).clone()) for t in tensors), scale, found)
+    _KEPT[adapter] = _Kept(tuple(_Source(_state(t), _sample(t).clone()) for t in tensors), scale, found)
     return found
 
 
@@ -87,20 +92,19 @@ def _may_keep(adapter: "Adapter", layer: Layer, W: Tensor) -> bool:
         and W is layer._parameters.get("weight")
         and type(W) is nn.Parameter
         and W.device.type == "cpu"
-        and not is_transformed()
         and all(is_plain(t) and t.device == W.device and not t.is_inference() for t in (W, *_factors(adapter)))
     )
 
 
 def _same(tensors: tuple[Tensor, ...], sources: tuple[_Source, ...]) -> bool:
     return len(tensors) == len(sources) and all(
-        source.tensor() is tensor and source.state == _state(tensor) and torch.equal(source.sample, _sample(tensor))
+        source.state == _state(tensor) and torch.equal(source.sample, _sample(tensor))
         for tensor, source in zip(tensors, sources, strict=True)
     )
 
 
 def _state(tensor: Tensor) -> tuple[object, ...]:
-    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return id(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _sample(tensor: Tensor) -> Tensor:
