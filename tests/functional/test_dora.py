@@ -106,7 +106,9 @@ def test_with_gain_and_its_plain_twin(small_blocks, biased):
     "wanted", [(True, True, True), (True, False, True), (False, True, False), (False, False, True)]
 )
 def test_gradients_of_with_gain(wanted):
-    v, g, bias = (t.requires_grad_(want) for t, want in zip((random(3, OUT), random(OUT), random(OUT)), wanted))
+    v, g, bias = (
+        t.requires_grad_(want) for t, want in zip((random(3, OUT), random(OUT), random(OUT)), wanted, strict=True)
+    )
     assert torch.autograd.gradcheck(with_gain, (v, g, bias))
     assert torch.autograd.gradgradcheck(with_gain, (v, g, bias))
 

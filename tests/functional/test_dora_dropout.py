@@ -81,3 +81,10 @@ def test_where_it_pays():
     assert not can(long, 0.5)
     assert not can(long.bfloat16(), 0.05)
     assert not can(long.to("meta"), 0.05)
+
+
+def test_the_output_may_be_changed_in_place():
+    given = inputs()
+    ours = torch.autograd.grad(fast(*given).relu_().sum(), given)
+    for one, other in zip(ours, torch.autograd.grad(plain(*given).relu().sum(), given), strict=True):
+        torch.testing.assert_close(one, other)

@@ -81,7 +81,8 @@ class _WithGain(Function):
         return torch.addcmul(_rest(g_O, bias_O, v), v, g_O, out=torch.empty_like(v))
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (dz,) = grad_outputs
         v, g_O, bias_O = ctx.saved_tensors
         for_v, for_g, for_bias = ctx.needs_input_grad
         if torch.is_grad_enabled():

@@ -86,7 +86,8 @@ class _DoraDropped(Function):
         seed: int,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        dropped = draw(*x_TI.shape, p, seed)
+        T, inputs = x_TI.shape
+        dropped = draw(T, inputs, p, seed)
         h_TR = without(x_TI, dropped) @ A_RI.T
         z_TO = x_TI @ W_OI.T
         Wd_TO = product(x_TI, dropped, W_OI.T.contiguous())
@@ -97,38 +98,34 @@ class _DoraDropped(Function):
             z_TO += bias_O
         ctx.save_for_backward(x, bias_O, A_RI, B_OR, g_O, W_OI, h_TR, Wd_TO)
         ctx.scale, ctx.p, ctx.seed = scale, p, seed
-        return z_TO.view(*x.shape[:-1], len(g_O))
+        return z_TO.view(*x.shape[:-1], len(g_O)).detach()  # no view, so that it may change in place
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Any:
-        *inputs, W_OI, h_TR, Wd_TO = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (dz,), (*inputs, W_OI, h_TR, Wd_TO) = grad_outputs, ctx.saved_tensors
         scale, p, seed, wanted = ctx.scale, ctx.p, ctx.seed, ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             plain = partial(dora_dropped_plainly, W_OI=W_OI, scale=scale, p=p, seed=seed)
             return *graph_of(plain, inputs, wanted, dz), *[None] * 4
         x, _, A_RI, B_OR, g_O = inputs
-        for_x, for_bias, for_A, for_B, for_g = wanted
+        for_x, for_bias, for_A, _, for_g = wanted
         dz_TO, x_TI = dz.reshape(-1, len(g_O)), x.reshape(-1, x.shape[-1])
-        dropped = draw(*x_TI.shape, p, seed)
-        by_row_O = scale / (1 - p) * g_O
-        dx_TI, dA, dB, dg = None, None, None, None
-        if for_B or for_g:
-            dh_OR = dz_TO.T @ h_TR
-            dB = by_row_O.unsqueeze(1) * dh_OR if for_B else None
-        out = torch.empty_like(dz_TO) if for_x else None
-        dots_O = scaled_dots(dz_TO, Wd_TO, 1 + (g_O - 1) / (1 - p), out=out, dots=for_g)
-        if dots_O is not None:
-            dg = dots_O.add_((dh_OR * B_OR).sum(1), alpha=scale).div_(1 - p)
-        dh_TR = dz_TO @ _scaled(B_OR, g_O, scale, p)
-        kept_TI = without(x_TI, dropped)
+        dropped = draw(x_TI.shape[0], x_TI.shape[1], p, seed)
+        kept_TI, dh_TR = without(x_TI, dropped), dz_TO @ _scaled(B_OR, g_O, scale, p)
         dA = dh_TR.T @ kept_TI if for_A else None
-        if out is not None:
-            dx_TI = torch.mm(out, W_OI, out=kept_TI).addmm_(dh_TR, A_RI)
+        both_TO = torch.empty_like(dz_TO) if for_x else None  # what W gets from both its products
+        dg = scaled_dots(dz_TO, Wd_TO, 1 + (g_O - 1) / (1 - p), out=both_TO, dots=for_g)
+        dx = None
+        if both_TO is not None:
+            dx = torch.mm(both_TO, W_OI, out=kept_TI).addmm_(dh_TR, A_RI)
             at_dropped = sampled(dz_TO, W_OI.T.contiguous(), dropped)
-            dx_TI.view(-1).index_copy_(0, dropped.places.long(), at_dropped)
-        dx = None if dx_TI is None else dx_TI.view(x.shape)
-        dbias = dz_TO.sum(0) if for_bias else None
-        return dx, dbias, dA, dB, dg, None, None, None, None
+            dx.view(-1).index_copy_(0, dropped.places.long(), at_dropped)
+            dx = dx.view(x.shape)
+        dz_h_OR = dz_TO.T @ h_TR * (scale / (1 - p))
+        dB = dz_h_OR * g_O.unsqueeze(1)
+        if dg is not None:
+            dg = dg.div_(1 - p).add_((dz_h_OR * B_OR).sum(1))
+        return dx, dz_TO.sum(0) if for_bias else None, dA, dB, dg, None, None, None, None
 
 
 def _scaled(B_OR: Tensor, g_O: Tensor, scale: float, p: float) -> Tensor:
