@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from veneer.functional.dora import gain, row_norms
+from veneer.functional.dora import gain, row_norms, with_gain
+from veneer.functional.dora_dropout import dora_dropped, dora_dropped_plainly
 from veneer.functional.lowrank import delta, update_embedding, update_linear
 
 SIZE = st.integers(1, 6)
@@ -55,8 +56,25 @@ def test_dora_on_the_output_is_dora_in_the_weight(leading, features, out, rank, 
     g = gain(m, row_norms(W, A, B, scale))
     y = F.linear(x, W, bias)
     apart = y + (g - 1) * (y - bias) + g * update_linear(x, A, B, scale)
+    near(with_gain(y + update_linear(x, A, B, scale), g, bias), apart)
     V = W + scale * B @ A
     near(apart, F.linear(x, m[:, None] * V / V.norm(dim=1, keepdim=True), bias))
+
+
+@thousand
+@given(LEADING, SIZE, SIZE, SIZE, SCALE, st.floats(1e-6, 0.9), st.booleans(), st.integers(0, 2**31))
+def test_dora_by_its_dropped_elements_is_dora_by_a_mask(leading, features, out, rank, scale, p, biased, seed):
+    draw = numbers(seed)
+    x, W, bias = draw(*leading, features), draw(out, features), draw(out) if biased else None
+    A, B, g = draw(rank, features), draw(out, rank), draw(out)
+    leaves = [t.requires_grad_() for t in (x, bias, A, B, g) if t is not None]
+    found = dora_dropped(x, W, bias, A, B, g, scale=scale, p=p, seed=seed)
+    expected = dora_dropped_plainly(x, bias, A, B, g, W, scale, p, seed)
+    near(found * (1 - p), expected * (1 - p))
+    cotangent = draw(*leading, out) * (1 - p)
+    ours, theirs = (torch.autograd.grad(z, leaves, cotangent) for z in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        near(one * (1 - p), other * (1 - p))
 
 
 @thousand

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from veneer.errors import ArgumentError
 from veneer.functional import dora
 from veneer.init import Factors
+from veneer.layers import dora as dora_rule
 from veneer.layers.fast_path import frozen_with_update
 from veneer.layers.kinds import Kind, Layer, Number
-from veneer.layers.weights import read
 from veneer.layers.weights.offloaded import Resident
 
 
@@ -107,7 +107,7 @@ class Adapter(Resident):
         Without y the layer's own output is computed here too, which only the fast path does.
         """
         if y is None:
-            return frozen_with_update(layer, self, x)
+            return RULES[self.rule].whole(self, x, layer)
         if self.casts_input and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.lora_A.dtype)
         p = self.dropout if self.training else 0.0
@@ -152,9 +152,15 @@ class Adapter(Resident):
 
 @dataclass(frozen=True)
 class Rule:
-    """How an update joins the output, and the weight that does the same."""
+    """How an update joins the output, and the weight that does the same.
+
+    forward  (adapter, x, y, layer, p) -> y, the layer's output so far, with the adapter
+    whole    (adapter, x, layer) -> the output of a layer that takes the fast path, with the adapter
+    merged   (adapter, W, base) -> the weight W with the adapter
+    """
 
     forward: Callable[[Adapter, Tensor, Tensor, Layer, float], Tensor]
+    whole: Callable[[Adapter, Tensor, Layer], Tensor]
     merged: Callable[[Adapter, Tensor, Tensor], Tensor]
 
 
@@ -170,25 +176,7 @@ def _add_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
     return W + adapter.delta(W.shape, W.dtype)
 
 
-def _dora_forward(adapter: Adapter, x: Tensor, y: Tensor, layer: Layer, p: float) -> Tensor:
-    kind, m_O = adapter.kind, adapter.lora_magnitude_vector
-    A, B = adapter.factors()
-    assert m_O is not None
-    W = read(layer).to(A.dtype)
-    with torch.no_grad():  # the paper (section 4.3) treats the norm as a constant in the backward pass
-        norms_O = kind.row_norms(W + adapter.delta(W.shape, W.dtype))
-    g_O = kind.spread(dora.gain(m_O, norms_O), y)
-    base, u = kind.base_update(layer, x, y, kind.to_matrix(W), A, B, adapter.scale, p)
-    return y + (g_O - 1) * base + g_O * u
-
-
-def _dora_merged(adapter: Adapter, W: Tensor, base: Tensor) -> Tensor:
-    kind, delta = adapter.kind, adapter.delta(W.shape, W.dtype)
-    g_O = adapter.gain(base, delta)
-    return kind.from_matrix(kind.to_matrix(W + delta) * g_O.unsqueeze(1), W.shape)
-
-
 RULES: dict[str, Rule] = {
-    "add": Rule(_add_forward, _add_merged),
-    "dora": Rule(_dora_forward, _dora_merged),
+    "add": Rule(_add_forward, lambda adapter, x, layer: frozen_with_update(layer, adapter, x), _add_merged),
+    "dora": Rule(dora_rule.forward, dora_rule.whole, dora_rule.merged),
 }

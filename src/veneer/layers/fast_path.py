@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from veneer.functional import lora_linear
+from veneer.functional import dora_dropout, lora_linear
+from veneer.functional.transforms import is_plain, is_transformed
 from veneer.layers import shared_input
 from veneer.layers.kinds import Kind, Layer
 from veneer.layers.kinds.kind import linear_update
@@ -27,11 +27,9 @@ def why_plain(layer: Layer, adapter: "Adapter") -> str | None:
         return "the layer reads its weight"
     if adapter.kind.update is not linear_update:
         return f"the layer is {adapter.kind.name}"
-    if adapter.rule != "add":
-        return f"the rule is {adapter.rule}"
     if not _runs_linear(type(layer)):
         return "the layer's forward is not torch.nn.Linear's"
-    if not (_is_plain(layer.weight) and (layer.bias is None or _is_plain(layer.bias))):
+    if not (is_plain(layer.weight) and is_plain(layer.bias)):
         return f"the weight is a {type(layer.weight).__name__}"
     if layer.weight.requires_grad:
         return "the weight is trained"
@@ -39,17 +37,18 @@ def why_plain(layer: Layer, adapter: "Adapter") -> str | None:
         return "lora_bias"
     if not isinstance(adapter.scale, float | int):
         return "the scale is a tensor"
-    return _why_dtypes(layer.weight.dtype, adapter.lora_A.dtype)
+    return _why_dtypes(layer.weight.dtype, adapter.lora_A.dtype) or _why_dropout(layer.weight, adapter)
 
 
 def takes_fast_path(layer: Layer, adapter: "Adapter", x: Tensor) -> bool:
     """Whether this call of the layer may take the fast path."""
     return (
-        not _is_transformed()
-        and type(x) in _PLAIN
+        not is_transformed()
+        and is_plain(x)
         and why_plain(layer, adapter) is None
         and (x.dtype == layer.weight.dtype or _is_cast(layer, x))
         and not (adapter.training and adapter.dropout > _MOST_DROPPED)
+        and (not _drops_under_dora(adapter) or (not _is_cast(layer, x) and dora_dropout.pays(x, adapter.dropout)))
     )
 
 
@@ -86,14 +85,14 @@ def _is_cast(layer: Layer, x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, layer.weight.dtype)
 
 
-def _is_transformed() -> bool:
-    """Whether functions are traced or transformed here, which autograd functions of our own are not made for."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
+def _drops_under_dora(adapter: "Adapter") -> bool:
+    return adapter.rule == "dora" and adapter.training and adapter.dropout > 0
+
+
+def _why_dropout(W: Tensor, adapter: "Adapter") -> str | None:
+    if _drops_under_dora(adapter) and not dora_dropout.can(W, adapter.dropout):
+        return f"DoRA with a dropout of {adapter.dropout:g} in {W.dtype} on a {W.device.type}".replace("torch.", "")
+    return None
 
 
 @cache
@@ -103,13 +102,6 @@ def _runs_linear(cls: type[nn.Module]) -> bool:
 
     beneath = cls.__mro__[cls.__mro__.index(Adapted) + 1 :]
     return next(c for c in beneath if "forward" in vars(c)) is nn.Linear
-
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN
 
 
 def _why_dtypes(weight: torch.dtype, factors: torch.dtype) -> str | None:
