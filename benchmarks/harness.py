@@ -159,7 +159,8 @@ def show(figure: Figure, console: Console | None = None) -> None:
     console = console or Console()
     for table in figure.tables:
         shown = RichTable("contender", title=table.title, title_justify="left")
-        for column in (f"median, {table.unit}", "quartiles", f"× {table.reference}" if table.reference else "", "aim"):
+        ratios = f"× {table.reference}" if table.reference else ""
+        for column in (f"median, {table.unit}", "quartiles", ratios, "arithmetic", "aim"):
             shown.add_column(column, justify="right")
         verdicts = {
             row.name: f"{aim}: {'met' if met else 'missed'} ({ratio:.3f})" for row, aim, ratio, met in table.judged()
@@ -167,8 +168,9 @@ def show(figure: Figure, console: Console | None = None) -> None:
         for row in table.rows:
             first, third = row.spread
             ratio = f"{table.ratio(row.name):.2f}" if table.reference else ""
-            verdict = verdicts.get(row.name, "")
-            shown.add_row(row.name, f"{row.median:.4g}", f"{first:.4g} to {third:.4g}", ratio, verdict)
+            expected = f"{row.expected:.2f}" if row.expected else ""
+            quartiles = f"{first:.4g} to {third:.4g}"
+            shown.add_row(row.name, f"{row.median:.4g}", quartiles, ratio, expected, verdicts.get(row.name, ""))
         console.print(shown)
         console.print(", ".join(f"{key} {value}" for key, value in table.setting.items()), style="dim")
 

@@ -35,11 +35,17 @@ class Aim:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender: its value in each round."""
+    """One contender: its value in each round.
+
+    expected  the ratio to the table's reference that the arithmetic gives
+    at        (line, place on the table's axis), where the table is drawn as lines
+    """
 
     name: str
     values: list[float]
     aim: Aim | None = None
+    expected: float | None = None
+    at: tuple[str, float] | None = None
 
     @property
     def median(self) -> float:
@@ -63,6 +69,7 @@ class Table:
     reference  the row that ratios are to; None: no ratios
     setting    what was measured: model, dtype, rank, …
     plot       whether the page draws it
+    axis       what the rows' places are of (rank, tokens, …), if it is drawn as lines; by default as bars
     """
 
     title: str
@@ -72,6 +79,7 @@ class Table:
     setting: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     plot: bool = True
+    axis: str | None = None
 
     def __getitem__(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -127,5 +135,6 @@ def _table(data: dict[str, Any]) -> Table:
 
 
 def _row(data: dict[str, Any]) -> Row:
-    made: dict[str, Any] = {**data, "aim": Aim(**data["aim"]) if data["aim"] else None}
+    aim, at = data.get("aim"), data.get("at")
+    made: dict[str, Any] = {**data, "aim": Aim(**aim) if aim else None, "at": tuple(at) if at else None}
     return Row(**made)
