@@ -88,9 +88,9 @@ def decoder_layers(work: Work, rank: int) -> Table:
     shape, rows_of_x = work.shape, work.batch * work.tokens
     base = work.base()
     frozen = saved_bytes(base, lambda: work.backward(base, work.input()))
-    inputs = rows_of_x * (3 * shape.hidden + shape.mlp) * work.dtype.itemsize  # of q/k/v, of o, of gate/up, of down
+    inputs = rows_of_x * (2 * shape.hidden + shape.mlp) * work.dtype.itemsize  # of q/k/v, gate/up, down; o's is there
     must = shape.layers * (inputs + 7 * rows_of_x * rank * 4)
-    rows = [Row("each input once, and x_A", [must / MIB])]
+    rows = [Row("each input once and x_A", [must / MIB])]
     for method, dropout in CASES:
         for library in ("PEFT", "Veneer"):
             model = adapted(library, sharing(base), rank=rank, dropout=dropout, method=method)
@@ -151,10 +151,10 @@ def figure(options: Options) -> Figure:
     tables = [one_layer(features, tokens, 16, dtype) for dtype in (torch.bfloat16, torch.float32)]
     shape, batch, tokens = (TINY, 2, 16) if options.quick else (SMOLLM2_LAYERS, 4, 256)
     tables.append(decoder_layers(Work(shape, batch, tokens), 16))
-    deep = (
-        Work(TINY, 2, 16, device=options.device) if options.quick else Work(EIGHT_LAYERS, 4, 256, device=options.device)
-    )
-    return Figure("activation_memory", "Activation memory", ABOUT, [*tables, *peaks(deep)])
+    if not options.quick:
+        shape = EIGHT_LAYERS
+    tables += peaks(Work(shape, batch, tokens, device=options.device))
+    return Figure("activation_memory", "Activation memory", ABOUT, tables)
 
 
 if __name__ == "__main__":

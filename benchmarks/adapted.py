@@ -85,7 +85,7 @@ def adapted(
     method: str = "LoRA",
     targets: tuple[str, ...] = PROJECTIONS,
 ) -> nn.Module:
-    """The model with an adapter of this library ("PEFT", "Veneer") on these layers, by default all seven projections."""
+    """The model with an adapter of this library ("PEFT", "Veneer") on these layers."""
     module = importlib.import_module(LIBRARIES[library])
     settings = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout, **METHODS[method]}
     made = module.get_peft_model(model, module.LoraConfig(target_modules=list(targets), **settings))

@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as RichTable
 
 from benchmarks.record import RESULTS, Aim, Figure, Row, Table
@@ -155,24 +156,18 @@ def _cpu_name() -> str:
 
 
 def show(figure: Figure, console: Console | None = None) -> None:
-    """Print the tables: median, quartiles, ratio, aim."""
+    """Print the tables."""
     console = console or Console()
     for table in figure.tables:
-        shown = RichTable("contender", title=table.title, title_justify="left")
-        ratios = f"× {table.reference}" if table.reference else ""
-        for column in (f"median, {table.unit}", "quartiles", ratios, "arithmetic", "aim"):
-            shown.add_column(column, justify="right")
-        verdicts = {
-            row.name: f"{aim}: {'met' if met else 'missed'} ({ratio:.3f})" for row, aim, ratio, met in table.judged()
-        }
-        for row in table.rows:
-            first, third = row.spread
-            ratio = f"{table.ratio(row.name):.2f}" if table.reference else ""
-            expected = f"{row.expected:.2f}" if row.expected else ""
-            quartiles = f"{first:.4g} to {third:.4g}"
-            shown.add_row(row.name, f"{row.median:.4g}", quartiles, ratio, expected, verdicts.get(row.name, ""))
+        head, lines = table.cells()
+        shown = RichTable(head[0], *(Column(name, justify="right") for name in head[1:]))
+        shown.title, shown.title_justify = table.title, "left"
+        for line in lines:
+            shown.add_row(*line)
         console.print(shown)
         console.print(", ".join(f"{key} {value}" for key, value in table.setting.items()), style="dim")
+        if table.note:
+            console.print(table.note)
 
 
 def main(

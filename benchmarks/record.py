@@ -97,6 +97,21 @@ class Table:
                 ratio = self.ratio(row.name, row.aim.against)
                 yield row, row.aim, ratio, row.aim.met(ratio)
 
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table as text: its head, and a line a row. A column that would be empty is left out."""
+        columns = {
+            "": [row.name for row in self.rows],
+            f"median, {self.unit}": [f"{row.median:.4g}" for row in self.rows],
+            "quartiles": [f"{row.spread[0]:.4g} to {row.spread[1]:.4g}" if row.values[1:] else "" for row in self.rows],
+            f"× {self.reference}": [f"{self.ratio(row.name):.2f}" if self.reference else "" for row in self.rows],
+            "by arithmetic": [f"{row.expected:.2f}" if row.expected else "" for row in self.rows],
+        }
+        verdicts = {row.name: f"{'met' if met else 'missed'}: {ratio:.3f}" for row, _, ratio, met in self.judged()}
+        columns["aim"] = [str(row.aim or "") for row in self.rows]
+        columns["met?"] = [verdicts.get(row.name, "") for row in self.rows]
+        kept = {head: column for head, column in columns.items() if any(column)}
+        return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]
+
 
 @dataclass(frozen=True)
 class Figure:

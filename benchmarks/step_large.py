@@ -19,14 +19,12 @@ def figure(options: Options) -> Figure:
     shape, batch, tokens = (TINY, 2, 16) if options.quick else (LLAMA_7B_LAYERS, 1, 128)
     if options.device.startswith("cuda"):
         batch, tokens = 2, 2048
+    bases = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if bfloat16_is_fast(options.device) else {})
     tables = []
-    if bfloat16_is_fast(options.device):
-        work = Work(shape, batch, tokens, torch.bfloat16, options.device)
-        tables.append(
-            step_table("Llama-7B's layers, bf16 base, fp32 adapters, rank 16", work, options, rounds=3, warmup=1)
-        )
-    work = Work(shape, batch, tokens, device=options.device)
-    tables.append(step_table("Llama-7B's layers, fp32, rank 16", work, options, rounds=3, warmup=1))
+    for name, dtype in bases.items():
+        work = Work(shape, batch, tokens, dtype, options.device)
+        title = f"Llama-7B's layers, {name} base, fp32 adapters, rank 16"
+        tables.append(step_table(title, work, options, rounds=3, warmup=1))
     return Figure("step_large", "Training step of large layers", ABOUT, tables)
 
 

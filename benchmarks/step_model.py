@@ -8,8 +8,9 @@ from benchmarks.adapted import SMOLLM2, TINY, Work
 from benchmarks.harness import Figure, Options, main
 from benchmarks.step import step_table
 
-ABOUT = """The same on all thirty layers of SmolLM2-135M, with its head over 49,152 words and transformers' own loss on every
-token; the weights are random. The limit computes the head's input gradient too, so the adapters' share is smaller."""
+ABOUT = """The same on all thirty layers of SmolLM2-135M, with its head over 49,152 words and transformers' own loss on
+every token. The weights are random. The limit computes the head's input gradient too, so the adapters' share is
+smaller."""
 
 
 def figure(options: Options) -> Figure:
