@@ -98,8 +98,9 @@ def decoder_layers(work: Work, rank: int) -> Table:
             rows.append(
                 Row(contender(library, method, dropout), [(kept - frozen) / MIB], _aim(library, method, dropout))
             )
-    title = f"Kept for backward by {shape.name}, beyond the frozen layers' {frozen / MIB:.0f} MiB, {_short(work.dtype)}"
-    return Table(title, rows, rows[0].name, "MiB", {**work.setting, "rank": rank})
+    title = f"Kept beyond what the frozen layers keep, {_short(work.dtype)}"
+    setting = {**work.setting, "rank": rank, "frozen": f"{frozen / MIB:.0f} MiB"}
+    return Table(title, rows, rows[0].name, "MiB", setting)
 
 
 def step_of(device: str, shape: dict, batch: int, tokens: int, model: str, method: str, dropout: float) -> Callable:

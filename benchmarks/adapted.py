@@ -65,9 +65,9 @@ def base(shape: Shape, *, dtype: torch.dtype = torch.float32, device: str = "cpu
         tie_word_embeddings=True,
         use_cache=False,
     )
+    kind: Any = LlamaForCausalLM if shape.vocabulary else LlamaModel
     with torch.device(device):
-        model = (LlamaForCausalLM if shape.vocabulary else LlamaModel)(config)
-    return model.to(dtype).train().requires_grad_(False)
+        return kind(config).to(dtype).train().requires_grad_(False)
 
 
 def sharing(model: nn.Module) -> nn.Module:

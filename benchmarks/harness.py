@@ -44,11 +44,12 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as RichTable
 
+import veneer
 from benchmarks.record import RESULTS, Aim, Figure, Row, Table
 
 __all__ = ["Aim", "Contender", "Figure", "Options", "Row", "Table", "main", "measure", "show"]
 
-VERSIONS = ("torch", "veneer", "peft", "transformers", "trl", "bitsandbytes")
+VERSIONS = ("torch", "peft", "transformers", "trl", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ def measure(
     rounds, warmup = (2, 1) if options.quick else (options.rounds or rounds, warmup)
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # what is there already is looked through in no round
     for turn in range(warmup + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             seconds = _seconds(contenders[name], options.device, calls, clock)
             if turn >= warmup:
                 times[name].append(seconds)
+    gc.unfreeze()
     rows = [Row(name, times[name], (aims or {}).get(name)) for name in names]
     return Table(title, rows, reference, "s", {**(setting or {}), "rounds": rounds}, note, plot)
 
@@ -135,6 +139,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
         "python": platform.python_version(),
+        "veneer": veneer.__version__,
     }
     if device.startswith("cuda"):
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
