@@ -24,9 +24,8 @@ GROWTH = Table(
     reference="limit",
     axis="rank",
 )
-FIGURE = Figure(
-    "step", "Training step", "About\nthis.", [STEP, GROWTH], {"cpu": "A processor", "cores": 2, "torch": "3"}
-)
+MACHINE = {"cpu": "A processor", "cores": 2, "torch": "3"}
+FIGURE = Figure("step", "Training step", "About\nthis.", [STEP, GROWTH], MACHINE)
 
 
 def test_a_table_has_median_quartiles_ratio_and_whether_the_aim_was_met() -> None:
