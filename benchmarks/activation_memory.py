@@ -122,10 +122,10 @@ def step_of(device: str, shape: dict, batch: int, tokens: int, model: str, metho
     return run
 
 
-def peaks(work: Work) -> list[Table]:
+def peaks(work: Work, cases: list[tuple[str, float]]) -> list[Table]:
     """The peak of a step, one process a contender: by itself, and beyond the limit's."""
     which = {LIMIT: (LIMIT, "LoRA", 0.0), "full fine-tuning": ("full", "LoRA", 0.0)}
-    for method, dropout in CASES:
+    for method, dropout in cases:
         for library in ("PEFT", "Veneer"):
             which[contender(library, method, dropout)] = (library, method, dropout)
     size = {"device": work.device, "shape": asdict(work.shape), "batch": work.batch, "tokens": work.tokens}
@@ -154,7 +154,7 @@ def figure(options: Options) -> Figure:
     tables.append(decoder_layers(Work(shape, batch, tokens), 16))
     if not options.quick:
         shape = EIGHT_LAYERS
-    tables += peaks(Work(shape, batch, tokens, device=options.device))
+    tables += peaks(Work(shape, batch, tokens, device=options.device), CASES[1:2] if options.quick else CASES)
     return Figure("activation_memory", "Activation memory", ABOUT, tables)
 
 
