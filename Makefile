@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-without-peft check clean
+.PHONY: demo test test-slow test-without-peft check bench clean
 
 demo: .venv/.demo  ## fine-tune the bundled small model on the bundled data, and show before and after
 	.venv/bin/veneer demo
@@ -22,6 +22,9 @@ check: .venv/.dev  ## style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
+
+bench: .venv/.dev  ## measure everything beside PEFT, about half an hour on a quiet machine, and write docs/benchmarks.md
+	.venv/bin/python -m benchmarks
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -41,13 +41,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as RichTable
 
+import veneer
 from benchmarks.record import RESULTS, Aim, Figure, Row, Table
 
 __all__ = ["Aim", "Contender", "Figure", "Options", "Row", "Table", "main", "measure", "show"]
 
-VERSIONS = ("torch", "veneer", "peft", "transformers", "trl", "bitsandbytes")
+VERSIONS = ("torch", "peft", "transformers", "trl", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,15 @@ def measure(
     rounds, warmup = (2, 1) if options.quick else (options.rounds or rounds, warmup)
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # what is there already is looked through in no round
     for turn in range(warmup + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             seconds = _seconds(contenders[name], options.device, calls, clock)
             if turn >= warmup:
                 times[name].append(seconds)
+    gc.unfreeze()
     rows = [Row(name, times[name], (aims or {}).get(name)) for name in names]
     return Table(title, rows, reference, "s", {**(setting or {}), "rounds": rounds}, note, plot)
 
@@ -134,6 +139,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
         "python": platform.python_version(),
+        "veneer": veneer.__version__,
     }
     if device.startswith("cuda"):
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
@@ -155,22 +161,18 @@ def _cpu_name() -> str:
 
 
 def show(figure: Figure, console: Console | None = None) -> None:
-    """Print the tables: median, quartiles, ratio, aim."""
+    """Print the tables."""
     console = console or Console()
     for table in figure.tables:
-        shown = RichTable("contender", title=table.title, title_justify="left")
-        for column in (f"median, {table.unit}", "quartiles", f"× {table.reference}" if table.reference else "", "aim"):
-            shown.add_column(column, justify="right")
-        verdicts = {
-            row.name: f"{aim}: {'met' if met else 'missed'} ({ratio:.3f})" for row, aim, ratio, met in table.judged()
-        }
-        for row in table.rows:
-            first, third = row.spread
-            ratio = f"{table.ratio(row.name):.2f}" if table.reference else ""
-            verdict = verdicts.get(row.name, "")
-            shown.add_row(row.name, f"{row.median:.4g}", f"{first:.4g} to {third:.4g}", ratio, verdict)
+        head, lines = table.cells()
+        shown = RichTable(head[0], *(Column(name, justify="right") for name in head[1:]))
+        shown.title, shown.title_justify = table.title, "left"
+        for line in lines:
+            shown.add_row(*line)
         console.print(shown)
         console.print(", ".join(f"{key} {value}" for key, value in table.setting.items()), style="dim")
+        if table.note:
+            console.print(table.note)
 
 
 def main(

@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Aim:
-    """What a row's ratio to another row (by default to the table's reference) was hoped to be."""
+    """The bound that a row's ratio to another row (by default to the table's reference) should keep."""
 
     at_most: float | None = None
     at_least: float | None = None
@@ -33,13 +33,27 @@ class Aim:
         return f"{bound} × {self.against}" if self.against else bound
 
 
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The first and third quartile; of a single value, that value."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
 @dataclass(frozen=True)
 class Row:
-    """One contender: its value in each round."""
+    """One contender: its value in each round.
+
+    expected  the ratio to the table's reference that the arithmetic gives
+    at        (line, place on the table's axis), where the table is drawn as lines
+    """
 
     name: str
     values: list[float]
     aim: Aim | None = None
+    expected: float | None = None
+    at: tuple[str, float] | None = None
 
     @property
     def median(self) -> float:
@@ -49,10 +63,7 @@ class Row:
     @property
     def spread(self) -> tuple[float, float]:
         """The first and third quartile."""
-        if len(self.values) < 2:
-            return self.median, self.median
-        first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
-        return first, third
+        return quartiles(self.values)
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Table:
     reference  the row that ratios are to; None: no ratios
     setting    what was measured: model, dtype, rank, …
     plot       whether the page draws it
+    axis       what the rows' places are of (rank, tokens, …), if it is drawn as lines; by default as bars
     """
 
     title: str
@@ -72,15 +84,21 @@ class Table:
     setting: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     plot: bool = True
+    axis: str | None = None
 
     def __getitem__(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
-    def ratio(self, name: str, against: str | None = None) -> float:
-        """The median over the rounds of one row's value by another's. Raises StatisticsError without a reference."""
+    def ratios(self, name: str, against: str | None = None) -> list[float]:
+        """One row's value by another's (by default the reference's), for each round; empty without a reference."""
         other = against or self.reference
-        pairs = zip(self[name].values, self[other].values, strict=True) if other else ()
-        return statistics.median(value / base for value, base in pairs)
+        if other is None:
+            return []
+        return [value / base for value, base in zip(self[name].values, self[other].values, strict=True)]
+
+    def ratio(self, name: str, against: str | None = None) -> float:
+        """The median of `ratios`. Raises StatisticsError without a reference."""
+        return statistics.median(self.ratios(name, against))
 
     def judged(self) -> Iterator[tuple[Row, Aim, float, bool]]:
         """(row, aim, ratio, met) of each row that has an aim."""
@@ -88,6 +106,22 @@ class Table:
             if row.aim:
                 ratio = self.ratio(row.name, row.aim.against)
                 yield row, row.aim, ratio, row.aim.met(ratio)
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table as text: its head, and a line a row. A column that would be empty is left out."""
+        middle = f"median, {self.unit}" if any(row.values[1:] for row in self.rows) else self.unit
+        columns = {
+            "": [row.name for row in self.rows],
+            middle: [f"{row.median:.4g}" for row in self.rows],
+            "quartiles": [f"{row.spread[0]:.4g} to {row.spread[1]:.4g}" if row.values[1:] else "" for row in self.rows],
+            f"× {self.reference}": [f"{self.ratio(row.name):.2f}" if self.reference else "" for row in self.rows],
+            "by arithmetic": [f"{row.expected:.2f}" if row.expected else "" for row in self.rows],
+        }
+        verdicts = {row.name: f"{'met' if met else 'missed'}: {ratio:.3f}" for row, _, ratio, met in self.judged()}
+        columns["aim"] = [str(row.aim or "") for row in self.rows]
+        columns["met?"] = [verdicts.get(row.name, "") for row in self.rows]
+        kept = {head: column for head, column in columns.items() if any(column)}
+        return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -127,5 +161,6 @@ def _table(data: dict[str, Any]) -> Table:
 
 
 def _row(data: dict[str, Any]) -> Row:
-    made: dict[str, Any] = {**data, "aim": Aim(**data["aim"]) if data["aim"] else None}
+    aim, at = data.get("aim"), data.get("at")
+    made: dict[str, Any] = {**data, "aim": Aim(**aim) if aim else None, "at": tuple(at) if at else None}
     return Row(**made)

@@ -1,0 +1,119 @@
+"""results/*.json to docs/benchmarks.md and its pictures: `python -m benchmarks.render`. Nothing is measured here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.plots import draw
+from benchmarks.record import RESULTS, Figure, Table
+
+DOCS = Path(__file__).parent.parent / "docs"
+# In the order of the page; each is a script here, and its JSON.
+FIGURES = (
+    "step",
+    "step_model",
+    "step_large",
+    "activation_memory",
+    "end_to_end",
+    "attach",
+    "adapter_files",
+    "mixed_batch",
+    "scaling",
+)
+
+HEAD = """# Benchmarks
+
+<!-- Written by benchmarks/render.py from benchmarks/results/: edit those. -->
+
+What Veneer costs beside PEFT, and beside the least that it could cost. The contenders of a table ran in turn in one
+process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
+median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
+of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so.
+"""
+
+FOOT = """## Measure it yourself
+
+    make bench                                      # everything, and this page
+    .venv/bin/python -m benchmarks.step             # one figure
+    .venv/bin/python -m benchmarks.step --quick     # does it run? A tiny model, two rounds; nothing is written
+    .venv/bin/python -m benchmarks --device cuda    # on a GPU: larger batches, bf16, memory as CUDA counts it
+    .venv/bin/python -m benchmarks.render           # this page again from benchmarks/results/
+
+Nothing else should run meanwhile. `--threads` sets torch's threads, `--rounds` the number of rounds. On a GPU the clock
+stops when the device has finished.
+"""
+
+
+def read(folder: Path = RESULTS) -> list[Figure]:
+    """The figures that were measured, in the order of the page."""
+    return sorted(map(Figure.load, folder.glob("*.json")), key=lambda figure: FIGURES.index(figure.name))
+
+
+def page(figures: Sequence[Figure], pictures: dict[str, str]) -> str:
+    """The page as Markdown; `pictures` has the address of a figure's picture, by its name."""
+    parts = [HEAD, _aims(figures)]
+    for figure in figures:
+        parts.append(f"## {figure.title}\n\n{_flowing(figure.about)}\n")
+        if figure.quick:
+            parts.append("**A smoke run, too short to claim anything.**\n")
+        parts.append(f"{_machine(figure)}\n")
+        if figure.name in pictures:
+            parts.append(f"![{figure.title}]({pictures[figure.name]})\n")
+        parts += [_section(table) for table in figure.tables]
+    return "\n".join([*parts, FOOT])
+
+
+def _aims(figures: Sequence[Figure]) -> str:
+    """Every aim in one table, met or missed."""
+    lines, hits = [], 0
+    for figure in figures:
+        for table in figure.tables:
+            for row, aim, ratio, met in table.judged():
+                hits += met
+                against = aim.against or table.reference
+                bound = str(aim).partition(" ×")[0]
+                lines.append([table.title, row.name, against, f"{ratio:.3f}", bound, "met" if met else "**missed**"])
+    if not lines:
+        return ""
+    head = ["measured", "contender", "against", "ratio", "aim", ""]
+    return f"## Aims: {hits} of {len(lines)} met\n\n{_markdown(head, lines)}"
+
+
+def _section(table: Table) -> str:
+    setting = ", ".join(f"{key} {value}" for key, value in table.setting.items())
+    said = f"{setting[:1].upper()}{setting[1:]}.\n" if setting else ""
+    note = f"{_flowing(table.note)}\n" if table.note else ""
+    return "\n".join(filter(None, [f"### {table.title}\n", said, _markdown(*table.cells()), note]))
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _machine(figure: Figure) -> str:
+    facts = dict(figure.machine)
+    said = [f"{facts.pop('cpu', 'unknown processor')}", f"{facts.pop('cores', '?')} cores"]
+    if "gpu" in facts:
+        said.insert(0, facts.pop("gpu"))
+    return f"Measured on {', '.join(said)}: {', '.join(f'{name} {value}' for name, value in facts.items())}."
+
+
+def _flowing(text: str) -> str:
+    """One paragraph on one line: the source breaks its lines where the code wants it."""
+    return " ".join(text.split())
+
+
+def write(results: Path = RESULTS, docs: Path = DOCS) -> Path:
+    """Draw the pictures and write the page."""
+    figures = read(results)
+    pictures = {}
+    for figure in figures:
+        if file := draw(figure, docs / "benchmarks"):
+            pictures[figure.name] = file.relative_to(docs).as_posix()
+    file = docs / "benchmarks.md"
+    file.write_text(page(figures, pictures), encoding="utf-8")
+    return file
+
+
+if __name__ == "__main__":
+    print(write())
