@@ -27,7 +27,7 @@ def figure(options: Options) -> Figure:
     """Both kinds of adapters, each with prompts and token by token."""
     layers = 1 if options.quick else 4
     counts = (1, 4) if options.quick else COUNTS
-    prompt, new = (4, 2) if options.quick else (32, 8)
+    prompt, new = (4, 2) if options.quick else (32, 16)
     base = llama(layers, options.device)
     runs: dict[str, tuple[str, Callable[..., object]]] = {
         "prefill": (f"prompts of {prompt} tokens", lambda model, **given: prefill(model, prompt, **given)),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from veneer.functional import dora
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer, Number
 from veneer.layers.row_groups import Groups
@@ -52,7 +53,7 @@ def stacked(adapters: Sequence[Adapter], groups: Groups, batch: int, layer: Laye
     B_KRO = torch.stack(Bs).mT if alike else pad_sequence([B.mT for B in Bs], batch_first=True)
     gain_KO, shift_KO = _gains(adapters, layer), _shifts(adapters)
     if gain_KO is not None:
-        B_KRO = B_KRO * gain_KO.unsqueeze(1)
+        B_KRO = (B_KRO * gain_KO.unsqueeze(1)).to(B_KRO.dtype)
         if layer.bias is not None:  # DoRA leaves the layer's own bias as it is
             kept_KO = (1 - gain_KO) * layer.bias
             shift_KO = kept_KO if shift_KO is None else shift_KO + kept_KO
@@ -89,10 +90,10 @@ def _gains(adapters: Sequence[Adapter], layer: Layer) -> Tensor | None:
 
 
 def _gain(adapter: Adapter, layer: Layer) -> Tensor:
-    W = read(layer).to(adapter.lora_A.dtype)
-    with torch.no_grad():
-        delta = adapter.delta(W.shape, W.dtype)
-    return adapter.gain(W, delta)
+    assert adapter.lora_magnitude_vector is not None
+    A_RI, B_OR = adapter.factors()
+    norms_O = dora.row_norms(adapter.kind.to_matrix(read(layer)).to(A_RI.dtype), A_RI, B_OR, adapter.scale)
+    return dora.gain(adapter.lora_magnitude_vector, norms_O)
 
 
 def _shifts(adapters: Sequence[Adapter]) -> Tensor | None:
