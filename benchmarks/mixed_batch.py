@@ -37,13 +37,18 @@ def figure(options: Options) -> Figure:
     with_peft, ours = peft_model(base, counts[-1]), veneer_model(base, counts[-1], use_dora=False)
     same_factors(with_peft, ours)
     same_outputs(with_peft, ours, counts[-1])
-    for models in ({"PEFT": with_peft, "Veneer": ours}, {"Veneer, DoRA": veneer_model(base, counts[-1], use_dora=True)}):
+    for models in (
+        {"PEFT": with_peft, "Veneer": ours},
+        {"Veneer, DoRA": veneer_model(base, counts[-1], use_dora=True)},
+    ):
         for kind, (what, run) in runs.items():
             contenders: dict[str, Callable[[], object]] = {"base": lambda run=run: run(base)}
             for k in counts:
                 names = [f"a{row % k}" for row in range(ROWS)]
                 for who, model in models.items():
-                    contenders[f"{who}, {k}"] = lambda run=run, model=model, names=names: run(model, adapter_names=names)
+                    contenders[f"{who}, {k}"] = lambda run=run, model=model, names=names: run(
+                        model, adapter_names=names
+                    )
             aims = {f"Veneer, {k}": Aim(at_most=1 / FASTER[k], against=f"PEFT, {k}") for k in counts if k in FASTER}
             tables.append(
                 measure(

@@ -152,7 +152,11 @@ def test_as_many_products_for_many_adapters_as_for_few():
     x = torch.randn(16, 6, dtype=torch.float64)
     products = set()
     for count in (2, 4, 16):
-        with torch.no_grad(), layer._veneer_route.serving(parts_of(names[:count] * (16 // count))), Counted() as counted:
+        with (
+            torch.no_grad(),
+            layer._veneer_route.serving(parts_of(names[:count] * (16 // count))),
+            Counted() as counted,
+        ):
             layer(x)
         products.add(counted.products)
     assert products == {3}

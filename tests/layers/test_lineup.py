@@ -37,7 +37,9 @@ def made(monkeypatch) -> list[int]:
     found: list[int] = []
     stacked = lineup.stacked
     monkeypatch.setattr(
-        lineup, "stacked", lambda adapters, *args, **named: found.append(len(adapters)) or stacked(adapters, *args, **named)
+        lineup,
+        "stacked",
+        lambda adapters, *args, **named: found.append(len(adapters)) or stacked(adapters, *args, **named),
     )
     return found
 

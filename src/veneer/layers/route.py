@@ -86,6 +86,8 @@ class Part:
 
     def shared(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
         """What `make` gives, made once for all layers that ask by this key; until `forget`."""
+        if torch.compiler.is_compiling():  # compiled code has what was made as constants
+            return make()
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
@@ -262,7 +264,10 @@ def parts_of(names: Sequence[str | None], *, lasting: bool = False) -> dict[str,
     for row, name in enumerate(names):
         if name is not None:
             rows.setdefault(name, []).append(row)
-    return {name: Part(len(names), torch.tensor(mine), lasting=lasting) for name, mine in rows.items()}
+    parts = {name: Part(len(names), torch.tensor(mine), lasting=lasting) for name, mine in rows.items()}
+    for name, part in parts.items():
+        vars(part)["numbers"] = tuple(rows[name])  # so that nobody has to read the tensor, which compiled code cannot
+    return parts
 
 
 class RoutedCheckpoint:

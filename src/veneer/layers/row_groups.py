@@ -63,9 +63,7 @@ class Groups:
 def groups_for(parts: tuple[Part, ...], tokens: int, rank: int, device: torch.device) -> Groups:
     """Groups for a layer that sees so many tokens a row; made once for all layers that ask for the same."""
     first = parts[0]
-    size = first.shared(
-        (parts, tokens, rank), lambda: best_size([len(part.numbers) for part in parts], tokens, rank)
-    )
+    size = first.shared((parts, tokens, rank), lambda: best_size([len(part.numbers) for part in parts], tokens, rank))
     return first.shared((parts, size, device), lambda: Groups.of(parts, size, device))
 
 

@@ -129,7 +129,8 @@ def add_stack(stack: Stack, groups: Groups, x: Tensor, y: Tensor, *, batch: int,
     if groups.grid is not None:
         x_NTI = x_NTI.index_select(0, groups.grid)
     G, T = len(stack.A_GRI), y_NTO.shape[1]
-    x_GXI = F.dropout(x_NTI.reshape(G, groups.size * T, -1), p)
+    x_GXI = x_NTI.reshape(G, groups.size * T, -1)
+    x_GXI = F.dropout(x_GXI, p) if p else x_GXI
     h_GXR = torch.bmm(x_GXI, stack.A_GRI.mT)
     alpha = 1.0
     if isinstance(stack.scale, Tensor):
