@@ -8,6 +8,7 @@ PEFT serves no DoRA row by row, so that is compared with the bare base alone.
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 LAYERS_OF_SMOLLM2, VOCABULARY_OF_SMOLLM2 = 30, 49_152
 FASTER = {16: 3, 64: 5}  # than PEFT, by the number of adapters
 
+Run = Callable[..., object]
+
 
 def figure(options: Options) -> Figure:
     """Both kinds of adapters, each with prompts and token by token."""
@@ -29,42 +32,45 @@ def figure(options: Options) -> Figure:
     counts = (1, 4) if options.quick else COUNTS
     prompt, new = (4, 2) if options.quick else (32, 16)
     base = llama(layers, options.device)
-    runs: dict[str, tuple[str, Callable[..., object]]] = {
+    runs: dict[str, tuple[str, Run]] = {
         "prefill": (f"prompts of {prompt} tokens", lambda model, **given: prefill(model, prompt, **given)),
         "decode": (f"{new} tokens by generate, from one", lambda model, **given: decode(model, new, **given)),
     }
-    tables: list[Table] = []
     with_peft, ours = peft_model(base, counts[-1]), veneer_model(base, counts[-1], use_dora=False)
     same_factors(with_peft, ours)
     same_outputs(with_peft, ours, counts[-1])
-    for models in (
-        {"PEFT": with_peft, "Veneer": ours},
-        {"Veneer, DoRA": veneer_model(base, counts[-1], use_dora=True)},
-    ):
+    setting = {"rows": ROWS, "rank": RANK, "layers": layers, "dtype": "fp32"}
+    tables: list[Table] = []
+    for method in ("LoRA", "DoRA"):
+        dora = method == "DoRA"
+        models = (
+            {"Veneer": veneer_model(base, counts[-1], use_dora=True)} if dora else {"PEFT": with_peft, "Veneer": ours}
+        )
+        aims = {f"Veneer, {k}": Aim(at_most=1 / FASTER[k], against=f"PEFT, {k}") for k in counts if k in FASTER}
         for kind, (what, run) in runs.items():
-            contenders: dict[str, Callable[[], object]] = {"base": lambda run=run: run(base)}
-            for k in counts:
-                names = [f"a{row % k}" for row in range(ROWS)]
-                for who, model in models.items():
-                    contenders[f"{who}, {k}"] = lambda run=run, model=model, names=names: run(
-                        model, adapter_names=names
-                    )
-            aims = {f"Veneer, {k}": Aim(at_most=1 / FASTER[k], against=f"PEFT, {k}") for k in counts if k in FASTER}
             tables.append(
                 measure(
-                    f"{'LoRA' if 'PEFT' in models else 'DoRA'}, {kind}: {what}",
-                    contenders,
+                    f"{method}, {kind}: {what}",
+                    {"base": partial(run, base), **contenders(models, counts, run)},
                     options,
                     reference="base",
-                    rounds=5 if kind == "prefill" else 7,
+                    rounds=5,
                     warmup=1,
-                    aims=aims if "PEFT" in models else None,
-                    setting={"rows": ROWS, "rank": RANK, "layers": layers, "dtype": "fp32"},
+                    aims=None if dora else aims,
+                    setting=setting,
                 )
             )
-        models.clear()
     about = "64 rows in one batch, each with its own of 1, 4, 16 or 64 adapters; time against the bare base model."
     return Figure("mixed_batch", "Mixed-adapter inference", about, tables)
+
+
+def contenders(models: dict[str, Any], counts: tuple[int, ...], run: Run) -> dict[str, Callable[[], object]]:
+    """Each model with each number of adapters."""
+    return {
+        f"{who}, {k}": partial(run, model, adapter_names=[f"a{row % k}" for row in range(ROWS)])
+        for k in counts
+        for who, model in models.items()
+    }
 
 
 def llama(layers: int, device: str) -> nn.Module:

@@ -36,11 +36,12 @@ def made(monkeypatch) -> list[int]:
     """How many adapters are in each stack that is made."""
     found: list[int] = []
     stacked = lineup.stacked
-    monkeypatch.setattr(
-        lineup,
-        "stacked",
-        lambda adapters, *args, **named: found.append(len(adapters)) or stacked(adapters, *args, **named),
-    )
+
+    def noted(adapters, *args, **named):
+        found.append(len(adapters))
+        return stacked(adapters, *args, **named)
+
+    monkeypatch.setattr(lineup, "stacked", noted)
     return found
 
 
