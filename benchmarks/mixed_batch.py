@@ -90,7 +90,8 @@ def llama(layers: int, device: str) -> nn.Module:
         bos_token_id=1,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).to(device).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device).eval()
 
 
 def peft_model(base: nn.Module, count: int) -> Any:

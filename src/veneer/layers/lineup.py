@@ -73,9 +73,9 @@ class Lineup:
             groups = team.groups[tokens] = groups_for(tuple(team.parts), tokens, team.rank, x.device)
         if team.kept is not None and team.kept[0] is groups:
             return team.kept
-        lasting = keeping is not None and self.state is not None
-        made = groups, stacked(team.adapters, groups, first.batch, layer, lasting=lasting)
-        if lasting:
+        keeping = None if self.state is None else keeping
+        made = groups, stacked(team.adapters, groups, first.batch, layer, lasting=keeping is not None)
+        if keeping is not None:
             keeping.keep(team, made)
         return made
 
@@ -97,7 +97,7 @@ class State:
     found: list[Adapter | None]
     owners: list[dict[str, Any]]
     settings: list[tuple[Any, ...]]
-    tables: list[dict[str, Tensor | None]]
+    tables: list[dict[str, Any]]
     values: list[Tensor | None]
     tensors: list[Tensor]
     versions: list[int]
@@ -108,7 +108,7 @@ class State:
         names = [step.name for step in plan]
         found = list(map(layer.adapters._modules.get, names))
         there: list[Adapter] = [adapter for adapter in found if adapter is not None]
-        tables = [adapter._parameters for adapter in there]
+        tables: list[dict[str, Any]] = [adapter._parameters for adapter in there]
         tables += [adapter._buffers for adapter in there if adapter._buffers["start_A"] is not None]
         tables += [layer._parameters] if any(adapter.rule == "dora" for adapter in there) else []
         values = list(_all_values(tables))
@@ -132,7 +132,7 @@ class State:
         )
 
 
-def _all_values(tables: Iterable[dict[str, Tensor | None]]) -> Iterator[Tensor | None]:
+def _all_values(tables: Iterable[dict[str, Any]]) -> Iterator[Tensor | None]:
     return chain.from_iterable(map(dict.values, tables))
 
 

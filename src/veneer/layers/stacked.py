@@ -49,7 +49,7 @@ def stacked(adapters: Sequence[Adapter], groups: Groups, batch: int, layer: Laye
     """
     As, Bs = zip(*map(_factors, adapters), strict=True)
     alike = len({A.shape[0] for A in As}) == 1
-    A_KRI = torch.stack(As) if alike else pad_sequence(As, batch_first=True)
+    A_KRI = torch.stack(As) if alike else pad_sequence(list(As), batch_first=True)
     B_KRO = torch.stack(Bs).mT if alike else pad_sequence([B.mT for B in Bs], batch_first=True)
     gain_KO, shift_KO = _gains(adapters, layer), _shifts(adapters)
     if gain_KO is not None:
@@ -92,7 +92,7 @@ def _gains(adapters: Sequence[Adapter], layer: Layer) -> Tensor | None:
 def _gain(adapter: Adapter, layer: Layer) -> Tensor:
     assert adapter.lora_magnitude_vector is not None
     A_RI, B_OR = adapter.factors()
-    norms_O = dora.row_norms(adapter.kind.to_matrix(read(layer)).to(A_RI.dtype), A_RI, B_OR, adapter.scale)
+    norms_O = dora.row_norms(adapter.kind.to_matrix(read(layer)).to(A_RI.dtype), A_RI, B_OR, float(adapter.scale))
     return dora.gain(adapter.lora_magnitude_vector, norms_O)
 
 
