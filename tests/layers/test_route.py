@@ -156,5 +156,7 @@ def test_an_input_without_rows_or_with_more_tokens_is_refused():
 
 def test_what_parts_share_is_made_once_for_each_set_of_them():
     a, b, c = Part(2), Part(2), Part(2)
-    made = [a.shared(parts, torch.device("cpu"), lambda *_: object()) for parts in ([a, b], [a, c], [a, b])]
+    made = [a.shared(parts, object) for parts in ((a, b), (a, c), (a, b))]
     assert made[0] is made[2] is not made[1]
+    a.forget()
+    assert a.shared((a, b), object) is not made[0]

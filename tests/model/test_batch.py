@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ import tiny
 import veneer
 from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError
 from veneer.integrations import transformers as in_place
+from veneer.layers import lineup
+from veneer.layers.route import parts_of
+from veneer.model.overlay import overlay_needed
 
 BASE = "__base__"
 LAYERS = ["q_proj", "down_proj"]
@@ -310,3 +314,98 @@ def test_convolutions():
     x, names = torch.randn(3, 3, 6, 6, dtype=torch.float64), ["b", BASE, "a"]
     expected = one_by_one(model, names, x, model)
     assert_close(model(x, adapter_names=names), torch.cat(expected), rtol=0, atol=1e-9)
+
+
+class TestKeeping:
+    """What a generation keeps of the adapters' factors, seen from outside."""
+
+    OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+    @pytest.fixture
+    def made(self, monkeypatch) -> list[int]:
+        found: list[int] = []
+        stacked = lineup.stacked
+        monkeypatch.setattr(lineup, "stacked", lambda *args, **named: found.append(1) or stacked(*args, **named))
+        return found
+
+    @pytest.mark.parametrize("use_cache", [True, False])
+    @pytest.mark.parametrize(("names", "orders"), [(["a", "b", BASE, "c"], 1), (["a", "b", "c", "b"], 2)])
+    def test_no_stack_is_made_twice(self, names, orders, use_cache, made):
+        """Where adapters have unlike numbers of rows, prompts and single tokens may want them in another order."""
+        model = llama(c=config(use_dora=True))
+        model.generate(tiny.ids(rows=4), adapter_names=names, use_cache=use_cache, **self.OPTIONS)
+        layers = 2 * len(LAYERS)
+        assert len(made) == layers * (orders if use_cache else 1)
+
+    @pytest.mark.parametrize("names", [["a", "b", BASE, "c"], ["a", "b", "c", "b"]])
+    def test_as_without_keeping(self, names, monkeypatch):
+        model, x = llama(c=config(use_dora=True)), tiny.ids(rows=4)
+        found = model.generate(x, adapter_names=names, **self.OPTIONS)
+        monkeypatch.setattr(lineup, "KEPT_BYTES", 0)
+        assert torch.equal(model.generate(x, adapter_names=names, **self.OPTIONS), found)
+
+    @pytest.mark.parametrize("how", ["written", "scaled"])
+    def test_another_thread_changes_an_adapter_meanwhile(self, how, monkeypatch):
+        def change(model: veneer.PeftModel) -> None:
+            if how == "written":
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        if ".adapters.a.lora_B" in name:
+                            parameter.mul_(-30)
+            else:
+                model.bare.model.layers[0].self_attn.q_proj.set_scale("a", -30.0)
+
+        def generated(changing: bool) -> torch.Tensor:
+            model, steps = llama(), []
+
+            def meanwhile(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                steps.append(1)
+                if len(steps) == 3 and changing:
+                    other = threading.Thread(target=change, args=[model])
+                    other.start()
+                    other.join()
+                return scores
+
+            names = ["a", "b", "c"]
+            return model.generate(tiny.ids(), adapter_names=names, logits_processor=[meanwhile], **self.OPTIONS)
+
+        found = generated(changing=True)
+        assert not torch.equal(found, generated(changing=False))
+        monkeypatch.setattr(lineup, "KEPT_BYTES", 0)
+        assert torch.equal(generated(changing=True), found)
+
+    def test_an_adapter_added_again_between_calls(self):
+        model, x, names = llama(), tiny.ids(), ["a", "b", "c"]
+        before = model.generate(x, adapter_names=names, **self.OPTIONS)
+        model.delete_adapter("b")
+        torch.manual_seed(9)
+        model.add_adapter("b", config(init_lora_weights=False, lora_alpha=200))
+        after = model.generate(x, adapter_names=names, **self.OPTIONS)
+        assert torch.equal(after[[0, 2]], before[[0, 2]])
+        model.set_adapter("b")
+        alone = model.generate(x[1:2], **self.OPTIONS)[0]
+        assert torch.equal(after[1], alone)
+        assert not torch.equal(after[1], before[1])
+
+    def test_between_calls_nothing_stays(self):
+        model, x, names = llama(), tiny.ids(), ["a", "b", "c"]
+        before = model.generate(x, adapter_names=names, **self.OPTIONS)
+        for name, parameter in model.named_parameters():
+            if ".adapters.a.lora_B" in name:
+                parameter.data.mul_(-30)
+        after = model.generate(x, adapter_names=names, **self.OPTIONS)
+        assert not torch.equal(after[0], before[0])
+        assert torch.equal(after[1:], before[1:])
+        model.set_adapter("a")
+        assert torch.equal(model.generate(x[:1], **self.OPTIONS)[0], after[0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_in_one_piece():
+    model = with_adapters(tiny.Stack(), a=config("first", "second"), b=config("first", r=2, lora_alpha=3))
+    x, names = tiny.ids(20, rows=4), ["b", BASE, "a", "b"]
+    compiled = torch.compile(model.bare, backend="eager", fullgraph=True)
+    with torch.no_grad(), overlay_needed(model.bare).route.serving(parts_of([None, "a", "b", "b"])):
+        assert_close(compiled(x), model.bare(x))
+    with overlay_needed(model.bare).route.serving(parts_of([None if name == BASE else name for name in names])):
+        assert_close(compiled(x), model.bare(x))

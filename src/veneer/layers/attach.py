@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from veneer.layers import swap
 from veneer.layers.adapter import Adapter
 from veneer.layers.adapter_names import AdapterNames
-from veneer.layers.by_rows import serve_rows
+from veneer.layers.by_rows import serve_rows, serves_rows
 from veneer.layers.fast_path import takes_fast_path
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import merged_values
@@ -40,17 +40,17 @@ class Adapted(AdapterNames, swap.Front):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the adapters of the route's plan added in order."""
-        steps = [(step.name, step.part) for step in self._veneer_route.plan if step.name in self.adapters]
+        plan = self._veneer_route.plan
+        if serves_rows(plan) and self._veneer_merged is None:
+            y = super().forward(*args, **kwargs)
+            return serve_rows(plan, args[0] if args else next(iter(kwargs.values())), y, self)
+        steps = [(step.name, step.part) for step in plan if step.name in self.adapters]
         if not steps or self._veneer_merged is not None:
             return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         if len(steps) == 1 and steps[0][1] is None and takes_fast_path(self, self.adapters[steps[0][0]], x):
             return self.adapters[steps[0][0]](x, None, self)
         y = super().forward(*args, **kwargs)
-        if len(steps) > 1:
-            rows = [(self.adapters[name], part) for name, part in steps if part is not None and part.rows is not None]
-            if len(rows) == len(steps):
-                return serve_rows(rows, x, y, self)
         for name, part in steps:
             y = _add(self.adapters[name], part, x, y, self)
         return y

@@ -5,15 +5,18 @@ Shapes: N rows of a batch, T tokens; `...` any further dimensions.
 """
 
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from veneer.errors import AdapterNameError, AttachError, MergeError
+
+_Made = TypeVar("_Made")
 
 BASE = "__base__"  # where rows name their adapters: none
 
@@ -34,13 +37,15 @@ class Part:
     batch   N, how many rows the batch has
     rows    which of them, as indices; None for all
     tokens  (N, T), True where the adapter acts; None for all tokens
+    lasting  whether the layers see it again and again within one call, token after token
     """
 
     batch: int
     rows: Tensor | None = None
     tokens: Tensor | None = None
+    lasting: bool = False
     _indices: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, init=False, repr=False)
-    _shared: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
+    _shared: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def through(self, update: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """y with `update(x, y)` in place of this part of it.
@@ -74,14 +79,23 @@ class Part:
             )
         return times
 
-    def shared(
-        self, parts: "Sequence[Part]", device: torch.device, make: "Callable[[Sequence[Part], torch.device], Any]"
-    ) -> Any:
-        """What `make` gives for these parts of one batch, the first of which is this; made once for all layers."""
-        key = device, *map(id, parts)
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The rows as numbers."""
+        return tuple(range(self.batch) if self.rows is None else self.rows.tolist())
+
+    def shared(self, key: Hashable, make: Callable[[], _Made]) -> _Made:
+        """What `make` gives, made once for all layers that ask by this key; until `forget`."""
+        if torch.compiler.is_compiling():  # compiled code has what was made as constants
+            return make()
         if key not in self._shared:
-            self._shared[key] = make(parts, device), tuple(parts)  # which live on, so that no other has their id
-        return self._shared[key][0]
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def forget(self) -> None:
+        """Let go of all that was made for layers."""
+        self._indices.clear()
+        self._shared.clear()
 
     def on_all_tokens(self) -> "Part":
         """The same rows, from their first token to their last."""
@@ -233,17 +247,27 @@ class Route:
     @contextmanager
     def serving(self, parts: Mapping[str, Part]) -> Iterator[None]:
         """Within the block, each adapter serves its part of the batch."""
-        with self.following(tuple(parts), tuple(map(self.step, parts, parts.values()))):
-            yield
+        try:
+            with self.following(tuple(parts), tuple(map(self.step, parts, parts.values()))):
+                yield
+        finally:
+            for part in parts.values():
+                part.forget()
 
 
-def parts_of(names: Sequence[str | None]) -> dict[str, Part]:
-    """The rows of each adapter, given the name for each row of a batch; None for a row that gets no adapter."""
+def parts_of(names: Sequence[str | None], *, lasting: bool = False) -> dict[str, Part]:
+    """The rows of each adapter, given the name for each row of a batch; None for a row that gets no adapter.
+
+    lasting  whether the layers see the batch again and again within one call
+    """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         if name is not None:
             rows.setdefault(name, []).append(row)
-    return {name: Part(len(names), torch.tensor(mine)) for name, mine in rows.items()}
+    parts = {name: Part(len(names), torch.tensor(mine), lasting=lasting) for name, mine in rows.items()}
+    for name, part in parts.items():
+        vars(part)["numbers"] = tuple(rows[name])  # so that nobody has to read the tensor, which compiled code cannot
+    return parts
 
 
 class RoutedCheckpoint:

@@ -52,19 +52,19 @@ def serving(
     with ExitStack() as stack:
         if adapter_names is not None:
             names = _checked(model, overlay, adapter_names, given)
-            stack.enter_context(_rows(overlay, names))
+            stack.enter_context(_rows(overlay, names, lasting=generating))
         stack.enter_context(prompted(overlay, given, alora_offsets, generating=generating))
         yield
 
 
 @contextmanager
-def _rows(overlay: Overlay, names: list[str]) -> Iterator[None]:
+def _rows(overlay: Overlay, names: list[str], *, lasting: bool) -> Iterator[None]:
     route, distinct = overlay.route, set(names)
     if len(distinct) == 1:
         acting = tuple(distinct - {BASE})
         block = route.following(acting, tuple(map(route.step, acting)))
     else:
-        block = route.serving(parts_of([None if name == BASE else name for name in names]))
+        block = route.serving(parts_of([None if name == BASE else name for name in names], lasting=lasting))
     with block:
         yield
 
