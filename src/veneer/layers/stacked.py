@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.functional import dora
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer, Number
+from veneer.layers.norms import gain
 from veneer.layers.row_groups import Groups
 from veneer.layers.weights import read
 
@@ -84,16 +84,9 @@ def _by_row(v_KO: Tensor, filler: float, groups: Groups, batch: int) -> Tensor:
 
 def _gains(adapters: Sequence[Adapter], layer: Layer) -> Tensor | None:
     """(K, O): what each multiplies the output by; None if none of them is DoRA."""
-    gains = [_gain(adapter, layer) if adapter.rule == "dora" else None for adapter in adapters]
-    some = next((gain for gain in gains if gain is not None), None)
-    return None if some is None else torch.stack([torch.ones_like(some) if gain is None else gain for gain in gains])
-
-
-def _gain(adapter: Adapter, layer: Layer) -> Tensor:
-    assert adapter.lora_magnitude_vector is not None
-    A_RI, B_OR = adapter.factors()
-    norms_O = dora.row_norms(adapter.kind.to_matrix(read(layer)).to(A_RI.dtype), A_RI, B_OR, float(adapter.scale))
-    return dora.gain(adapter.lora_magnitude_vector, norms_O)
+    gains = [gain(adapter, layer, read(layer)) if adapter.rule == "dora" else None for adapter in adapters]
+    some = next((one for one in gains if one is not None), None)
+    return None if some is None else torch.stack([torch.ones_like(some) if one is None else one for one in gains])
 
 
 def _shifts(adapters: Sequence[Adapter]) -> Tensor | None:
