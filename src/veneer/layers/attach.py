@@ -79,7 +79,7 @@ def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
 
 def adapter_on(layer: Layer, name: str, parameter: str = "weight") -> Adapter:
     """Adapter `name` on this weight of the layer."""
-    found = layer.adapters[name]
+    found = layer._modules[CHILD][name]
     return found if isinstance(found, Adapter) else getattr(found, parameter)
 
 

@@ -16,6 +16,7 @@ from veneer.errors import AttachError, MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, shared_input, token_rows
 from veneer.layers.replication import replicated, replication_of
 from veneer.layers.stand_in import StandIns
+from veneer.layers.walk import finder
 from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
 from veneer.model.invocation import follow_invocations
 from veneer.model.make import Made, first_rows, new_adapter, saved_adapter, tied_adapter
@@ -95,10 +96,10 @@ def _carry_out(
     with plain_base(model, overlay):
         made = _made(model, todo, tensors, float32, generator)
         rows = [(site, first_rows(model, site, float32=float32)) for site in todo.resolution.token_rows]
-    first = not overlay.configs
+    first, find = not overlay.configs, finder(model)
     try:
         for one in made:
-            layer = model.get_submodule(one.site.path)
+            layer = find(one.site.path)
             if one.site.by_weight:
                 by_weight.attach(layer, name, one.adapter, overlay.route, one.site.parameter)
             else:
@@ -108,12 +109,12 @@ def _carry_out(
             weight = (
                 None
                 if source is None
-                else model.get_submodule(source).get_parameter(f"{saved_module.CHILD}.{name}.weight")
+                else find(source).get_parameter(f"{saved_module.CHILD}.{name}.weight")
             )
-            saved_module.keep_copy(model.get_submodule(path), name, overlay.route, weight=weight)
+            saved_module.keep_copy(find(path), name, overlay.route, weight=weight)
         for site, trained in rows:
             for path in site.paths:
-                token_rows.keep_rows(model.get_submodule(path), name, trained, overlay.route)
+                token_rows.keep_rows(find(path), name, trained, overlay.route)
         fused.follow_adapters(model)
         shared_input.introduce(model, (one.site.path for one in made))
     except BaseException:
@@ -153,12 +154,15 @@ def _made(
 ) -> list[Made]:
     """The adapters of all sites. Raises ConfigError if the initialisation cannot start on one."""
     sites, config = [site for site in todo.resolution.sites if site.tied_to is None], todo.config
+    find = finder(model)
     if tensors is not None:
-        made = [saved_adapter(model, site, config, tensors, float32=float32) for site in sites]
+        made = [saved_adapter(find(site.path), site, config, tensors, float32=float32) for site in sites]
     else:
         stats = kept_statistics(model, config, [site.path for site in sites])
         made = [
-            new_adapter(model, site, config, stats=stats.get(site.path), float32=float32, generator=generator)
+            new_adapter(
+                find(site.path), site, config, stats=stats.get(site.path), float32=float32, generator=generator
+            )
             for site in sites
         ]
     adapters = {one.site.path: one.adapter for one in made}
@@ -198,13 +202,14 @@ def forget_adapter(model: nn.Module, overlay: Overlay, name: str) -> None:
 
 
 def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
+    find = finder(model)
     for site in resolution.sites:
-        attach.detach(model.get_submodule(site.path), name)
+        attach.detach(find(site.path), name)
     for path in resolution.saved:
-        saved_module.drop_copy(model.get_submodule(path), name)
+        saved_module.drop_copy(find(path), name)
     for site in resolution.token_rows:
         for path in site.paths:
-            token_rows.drop_rows(model.get_submodule(path), name)
+            token_rows.drop_rows(find(path), name)
     fused.follow_adapters(model)
 
 
@@ -247,7 +252,8 @@ def follow_route(model: nn.Module, overlay: Overlay) -> None:
     for name in overlay.configs:
         wanted = name in overlay.route.active and overlay.trainable[name]
         for parameter in own_parameters(model, name):
-            parameter.requires_grad_(wanted)
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
     place_stand_ins(model, overlay)
 
 

@@ -14,6 +14,7 @@ from veneer.layers.route import Route, as_names
 from veneer.layers.stand_in import StandIns
 from veneer.layers.swap import front_of, take_away
 from veneer.layers.token_rows import TokenRows
+from veneer.layers.walk import finder
 from veneer.layers.weights.offloaded import Elsewhere
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
@@ -151,8 +152,9 @@ def take_down(model: nn.Module) -> None:
 
 def adapters_by_site(model: nn.Module, name: str) -> Iterator[tuple[Site, Adapter]]:
     """What adapter `name` is on each of its sites, in the model's order."""
+    find = finder(model)
     for site in overlay_needed(model).resolutions[name].sites:
-        yield site, adapter_on(model.get_submodule(site.path), name, site.parameter)
+        yield site, adapter_on(find(site.path), name, site.parameter)
 
 
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
