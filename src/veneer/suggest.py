@@ -5,6 +5,7 @@ from difflib import SequenceMatcher
 
 _CLOSE = 0.6
 
+
 def closest(name: str, known: Iterable[str], *, limit: int = 1) -> list[str]:
     """The known names most like `name`, best first; empty if none is close.
 

@@ -7,7 +7,9 @@ from torch import nn
 from veneer.layers.attach import Adapters
 
 
-def modules_outside(model: nn.Module, tables: tuple[type[nn.Module], ...] = (Adapters,)) -> Iterator[tuple[str, nn.Module]]:
+def modules_outside(
+    model: nn.Module, tables: tuple[type[nn.Module], ...] = (Adapters,)
+) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) in the order of `named_modules`, each module once, without these classes and what is in them."""
     seen: set[nn.Module] = set()
     ahead: list[tuple[str, nn.Module]] = [("", model)]
@@ -20,7 +22,11 @@ def modules_outside(model: nn.Module, tables: tuple[type[nn.Module], ...] = (Ada
         if module._modules:
             prefix = f"{path}." if path else ""
             children = reversed(module._modules.items())
-            ahead += [(prefix + name, child) for name, child in children if child is not None and not isinstance(child, tables)]
+            ahead += [
+                (prefix + name, child)
+                for name, child in children
+                if child is not None and not isinstance(child, tables)
+            ]
 
 
 def finder(model: nn.Module) -> Callable[[str], nn.Module]:

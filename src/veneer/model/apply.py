@@ -22,6 +22,7 @@ from veneer.model.invocation import follow_invocations
 from veneer.model.make import Made, first_rows, new_adapter, saved_adapter, tied_adapter
 from veneer.model.overlay import (
     Overlay,
+    at_ends_trains,
     hang,
     overlay_made_for,
     overlay_needed,
@@ -106,11 +107,7 @@ def _carry_out(
                 attach.attach(layer, name, one.adapter, overlay.route)
         for path in todo.resolution.saved:
             source = todo.resolution.tied.get(path)
-            weight = (
-                None
-                if source is None
-                else find(source).get_parameter(f"{saved_module.CHILD}.{name}.weight")
-            )
+            weight = None if source is None else find(source).get_parameter(f"{saved_module.CHILD}.{name}.weight")
             saved_module.keep_copy(find(path), name, overlay.route, weight=weight)
         for site, trained in rows:
             for path in site.paths:
@@ -145,6 +142,7 @@ def _let_wait(model: nn.Module, overlay: Overlay, name: str) -> None:
     """Let a new adapter neither act nor train. The others' gradients stay: who froze a part of one meant it."""
     for parameter in own_parameters(model, name):
         parameter.requires_grad_(False)
+    overlay.route.may_train.discard(name)
     overlay.route.set()
     place_stand_ins(model, overlay)
 
@@ -160,9 +158,7 @@ def _made(
     else:
         stats = kept_statistics(model, config, [site.path for site in sites])
         made = [
-            new_adapter(
-                find(site.path), site, config, stats=stats.get(site.path), float32=float32, generator=generator
-            )
+            new_adapter(find(site.path), site, config, stats=stats.get(site.path), float32=float32, generator=generator)
             for site in sites
         ]
     adapters = {one.site.path: one.adapter for one in made}
@@ -248,12 +244,22 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 
 def follow_route(model: nn.Module, overlay: Overlay) -> None:
-    """Make gradients and biases agree with the active adapters."""
-    for name in overlay.configs:
-        wanted = name in overlay.route.active and overlay.trainable[name]
+    """Make gradients and biases agree with the active adapters.
+
+    Adapters that rest were frozen when they came to: of those only the first and last layers are looked at, which tell
+    whether somebody let them all train by hand.
+    """
+    route, find = overlay.route, finder(model)
+    training = {name for name in route.active if overlay.trainable[name]}
+    concerned = (
+        n for n in overlay.configs if n in training or n in route.may_train or at_ends_trains(overlay, n, find)
+    )
+    for name in concerned:
+        wanted = name in training
         for parameter in own_parameters(model, name):
             if parameter.requires_grad != wanted:
                 parameter.requires_grad_(wanted)
+    route.may_train = training
     place_stand_ins(model, overlay)
 
 
