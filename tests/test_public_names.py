@@ -52,3 +52,7 @@ def test_the_version_is_the_distribution_s():
 @pytest.mark.parametrize("then", ["", "veneer.LoraConfig(r=4)", "import veneer.storage.header"])
 def test_importing_the_package_loads_nothing_heavy(then):
     assert loaded_by(then) == "[]"
+
+
+def test_what_attaches_an_adapter_loads_torch_and_no_library_of_models():
+    assert loaded_by("from veneer import LoraConfig, get_peft_model") == "['torch']"

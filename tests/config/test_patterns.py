@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from veneer import LoraConfig
-from veneer.config import first_match, matches_end, rank_and_alpha
+from veneer.config import all_matches, first_match, matches_end, patterns, rank_and_alpha
 
 PARTS = st.sampled_from(["q", "k", "qq", "0", "1", "10", "a_b", "a-b", "", "x y", "é"])
 PATHS = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
@@ -43,3 +43,17 @@ def test_a_key_for_each_layer_of_a_large_model_is_quick(write):
     found = [rank_and_alpha(config, path) for path in paths]
     assert time.process_time() - start < 10
     assert found == [(1 + place, len(paths) - place) for place in range(len(paths))]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(KEYS, max_size=6, unique=True), st.lists(PATHS, max_size=4))
+@example(["a.b", r"a\.b", "^x.a_b"], ["x.a_b", "a.b"])
+def test_the_keys_that_match_any_path_are_those_that_trying_each_finds(keys, paths):
+    assert all_matches(keys, paths) == {key for key in keys if any(matches_end(key, path) for path in paths)}
+
+
+def test_names_are_looked_up_and_not_tried(monkeypatch):
+    monkeypatch.setattr(patterns, "matches", lambda pattern, path: pytest.fail(f"{pattern!r} is tried on {path!r}"))
+    keys = [f"layer_{i}" for i in range(300)]
+    assert all_matches(keys, ["model.layer_7.q_proj", "model.layer_7"]) == {"layer_7"}
+    assert first_match(keys, "model.layer_7") == "layer_7"

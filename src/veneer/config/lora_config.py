@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -300,8 +300,9 @@ def rank_and_alpha(config: LoraConfig, path: str) -> tuple[int, float]:
     return rank, config.lora_alpha if alpha_key is None else config.alpha_pattern[alpha_key]
 
 
-def _field_names() -> list[str]:
-    return [f.name for f in fields(LoraConfig)]
+@cache
+def _field_names() -> tuple[str, ...]:
+    return tuple(f.name for f in fields(LoraConfig))
 
 
 def _not_a_field(name: str, value: Any) -> str | None:

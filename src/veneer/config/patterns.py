@@ -28,8 +28,11 @@ def ends_of(path: str) -> list[str]:
     >>> ends_of("layers.0.q_proj")
     ['q_proj', '0.q_proj', 'layers.0.q_proj']
     """
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+    ends, dot = [], path.rfind(".")
+    while dot >= 0:
+        ends.append(path[dot + 1 :])
+        dot = path.rfind(".", 0, dot)
+    return [*ends, path]
 
 
 def first_match(keys: Collection[str], path: str) -> str | None:
@@ -40,13 +43,20 @@ def first_match(keys: Collection[str], path: str) -> str | None:
     if not keys:
         return None
     table = _table(tuple(keys))
-    best = table.name_of(path)
+    best = min(table.names_of(path), default=None)
     for place, key in table.expressions:
         if best is not None and place > best:
             break
         if matches_end(key, path):
             return key
     return None if best is None else table.keys[best]
+
+
+def all_matches(keys: Collection[str], paths: Collection[str]) -> set[str]:
+    """The pattern keys that match the end of any path, whichever come before them."""
+    table = _table(tuple(keys))
+    found = {table.keys[place] for path in paths for place in table.names_of(path)}
+    return found | {key for _, key in table.expressions if any(matches_end(key, path) for path in paths)}
 
 
 # How a name is looked up: whether it is the whole path, its length, and where it has dots that stand for any character.
@@ -80,14 +90,14 @@ class _Table:
         name = "".join(letter[-1] for letter in letters)
         self.names.setdefault(form, {}).setdefault(name, place)
 
-    def name_of(self, path: str) -> int | None:
-        """The place of the first key that is a name and matches the end of a path."""
-        found = [
+    def names_of(self, path: str) -> list[int]:
+        """The places of the keys that are names and match the end of a path."""
+        found = (
             self.names[form].get(_with_dots(end, form[2]))
             for whole, end in [*((False, end) for end in ends_of(path)), (True, path)]
             for form in self.forms.get((whole, len(end)), ())
-        ]
-        return min((place for place in found if place is not None), default=None)
+        )
+        return [place for place in found if place is not None]
 
 
 @lru_cache(maxsize=8)
@@ -117,12 +127,17 @@ def matches(pattern: str, path: str) -> bool:
 def whole_match(pattern: str, path: str) -> regex.Match[str] | None:
     """The match of a regular expression with a whole path. Raises ConfigError if that takes over a second."""
     try:
-        return regex.fullmatch(pattern, path, timeout=SECONDS)
+        return _compiled(pattern).fullmatch(path, timeout=SECONDS)
     except TimeoutError:
         raise ConfigError(
             f"The pattern {pattern!r} takes over {SECONDS:g} s on {path!r}. "
             "Nested repetitions such as (a+)+ do that; write it without them."
         ) from None
+
+
+@lru_cache(maxsize=256)
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(pattern)
 
 
 def pattern_fault(value: str) -> str | None:

@@ -43,8 +43,9 @@ INITS: dict[str, Initialiser] = {
     "corda": corda,
     "lora_ga": lora_ga,
 }
-# Those that look at nothing but the shape, which can start a grouped convolution as well.
-GROUPED = ("kaiming", "kaiming_both", "gaussian")
+# Those that look at nothing but the shape; the first three can start a grouped convolution as well.
+SHAPE_ONLY = ("kaiming", "kaiming_both", "gaussian", "embedding_default", "normal_both")
+GROUPED = SHAPE_ONLY[:3]
 # What the data-driven methods are given.
 _STATS: dict[str, tuple[type, ...]] = {"eva": (Components,), "corda": (Tensor, CordaParts), "lora_ga": (Tensor,)}
 
@@ -84,6 +85,8 @@ def initialise(
         _check_stats(method, stats)
     number = {} if niter is None else {"niter": niter}
     made = INITS[method](weight, rank, scale=scale, options=options, stats=stats, generator=generator, **number)
+    if method in SHAPE_ONLY:  # made for this alone
+        return Factors(made.A.to(weight.device), made.B.to(weight.device))
     return Factors(
         _placed(made.A, weight.device),
         _placed(made.B, weight.device),

@@ -92,8 +92,10 @@ class Adapter(Resident):
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that train when the adapter does."""
-        kept = {f"lora_{factor}" for factor in self.frozen}
-        return (parameter for name, parameter in self.named_parameters() if name not in kept)
+        kept = [f"lora_{factor}" for factor in self.frozen]
+        # parametrized by torch, a parameter lies in a child
+        own = self._parameters.items() if self._modules.keys() <= {"lora_dropout"} else self.named_parameters()
+        return (parameter for name, parameter in own if parameter is not None and name not in kept)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the whole update: the trained ones, and those of the start with the sign turned."""

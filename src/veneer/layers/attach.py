@@ -75,11 +75,12 @@ def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
         swap.lay_over(layer, Adapted, CHILD, Adapters(), route)
     adapters: Any = layer.adapters
     adapters[name] = adapter.train(layer.training)
+    route.may_train.add(name)
 
 
 def adapter_on(layer: Layer, name: str, parameter: str = "weight") -> Adapter:
     """Adapter `name` on this weight of the layer."""
-    found = layer.adapters[name]
+    found = layer._modules[CHILD][name]
     return found if isinstance(found, Adapter) else getattr(found, parameter)
 
 

@@ -162,3 +162,4 @@ def attach(module: Layer, name: str, adapter: Adapter, route: Route, parameter: 
         adapters[name] = ByParameter()
     adapters[name].add_module(parameter, adapter)
     adapters[name].train(module.training)
+    route.may_train.add(name)

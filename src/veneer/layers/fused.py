@@ -7,6 +7,7 @@ from torch import nn
 from veneer.layers import swap
 from veneer.layers.attach import Adapted
 from veneer.layers.saved_module import is_saved
+from veneer.layers.walk import modules_outside
 
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
@@ -24,10 +25,11 @@ class Unfused(swap.Front):
 
 def follow_adapters(model: nn.Module) -> None:
     """Let every encoder in the model call its parts if one of them is adapted, and fuse them if none is."""
-    for module in list(model.modules()):
-        if not isinstance(module, FUSED) or is_saved(module):
+    encoders = [module for _, module in modules_outside(model) if isinstance(module, FUSED)]
+    for module in encoders:
+        if is_saved(module):
             continue
-        adapted = any(isinstance(part, Adapted) or is_saved(part) for part in module.modules())
+        adapted = any(isinstance(part, Adapted) or is_saved(part) for _, part in modules_outside(module))
         if adapted and not isinstance(module, Unfused):
             swap.place(module, Unfused)
         elif not adapted and type(module) is swap.made_class(Unfused, swap.base_class(module)):

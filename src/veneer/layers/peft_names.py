@@ -107,6 +107,8 @@ class RouteNames:
         for name in as_names(adapter_names):
             if name in self._veneer_route.trainable:
                 self._veneer_route.trainable[name] = requires_grad
+            if requires_grad:
+                self._veneer_route.may_train.add(name)
             for parameter in _trained(self, name):
                 parameter.requires_grad_(requires_grad)
 
@@ -226,6 +228,8 @@ def _follow(layer: Layer) -> None:
     route = layer._veneer_route
     for name in _table(layer):
         wanted = route.enabled and name in route.active and route.trainable.get(name, True)
+        if wanted:
+            route.may_train.add(name)
         for parameter in _trained(layer, name):
             parameter.requires_grad_(wanted)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from veneer.errors import AttachError, TargetError
+from veneer.layers.walk import modules_outside
 from veneer.layers.weights.offloaded import offloading_hook
 
 _MARK = "_veneer_replication"
@@ -132,10 +133,10 @@ def replicated(model: nn.Module, stretches: Stretches | None) -> Iterator[Replic
 
     Raises TargetError as `Replication` does, AttachError if the model's layers are other stretches already.
     """
-    there = replication_of(model)
     if not stretches:
         yield _NoReplication()
         return
+    there = replication_of(model)
     if there is not None:
         if there.stretches != [tuple(stretch) for stretch in stretches]:
             raise AttachError(
@@ -169,7 +170,7 @@ def original_layers(model: nn.Module) -> Iterator[None]:
 
 def replication_of(model: nn.Module) -> Replication | None:
     """The replication that is in place, or None."""
-    found = (vars(module).get(_MARK) for module in model.modules() if isinstance(module, nn.ModuleList))
+    found = (vars(module).get(_MARK) for _, module in modules_outside(model) if isinstance(module, nn.ModuleList))
     return next((stack for stack in found if stack is not None), None)
 
 

@@ -178,6 +178,7 @@ class Route:
     asked      the names that were chosen, some of which may be of adapters of another model (a pipeline has several)
     trainable  {adapter: whether it may get gradients}, of all adapters on the model
     replacing  the adapters that have biases or weights to stand in the place of the base's, now or at other times
+    may_train  the adapters whose parameters may require gradients: those attached, or let train, since the choice
     merged_on  {adapter: the number of layers that have it in their weights by themselves}
     """
 
@@ -193,6 +194,7 @@ class Route:
         self.asked: tuple[str, ...] = ()
         self.trainable: dict[str, bool] = {}
         self.replacing: frozenset[str] = frozenset()
+        self.may_train: set[str] = set()
         self.merged_on: dict[str, int] = {}
 
     @property

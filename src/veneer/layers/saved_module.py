@@ -114,6 +114,7 @@ def keep_copy(module: Layer, name: str, route: Route, *, weight: nn.Parameter | 
         swap.lay_over(module, front, CHILD, Copies(), route)
     copies: Any = module.modules_to_save
     copies[name] = copy
+    route.may_train.add(name)
 
 
 def _plain_copy(module: Layer, shared: dict[int, Any]) -> Layer:

@@ -184,6 +184,7 @@ def keep_rows(module: Layer, name: str, rows: TokenRows, route: Route) -> None:
         assert front is not None
         swap.lay_over(module, front, CHILD, RowsByAdapter(), route)
     module.token_rows[name] = rows
+    route.may_train.add(name)
 
 
 def drop_rows(module: Layer, name: str) -> None:

@@ -16,11 +16,13 @@ from veneer.errors import AttachError, MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, shared_input, token_rows
 from veneer.layers.replication import replicated, replication_of
 from veneer.layers.stand_in import StandIns
+from veneer.layers.walk import finder
 from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
 from veneer.model.invocation import follow_invocations
 from veneer.model.make import Made, first_rows, new_adapter, saved_adapter, tied_adapter
 from veneer.model.overlay import (
     Overlay,
+    at_ends_trains,
     hang,
     overlay_made_for,
     overlay_needed,
@@ -95,25 +97,21 @@ def _carry_out(
     with plain_base(model, overlay):
         made = _made(model, todo, tensors, float32, generator)
         rows = [(site, first_rows(model, site, float32=float32)) for site in todo.resolution.token_rows]
-    first = not overlay.configs
+    first, find = not overlay.configs, finder(model)
     try:
         for one in made:
-            layer = model.get_submodule(one.site.path)
+            layer = find(one.site.path)
             if one.site.by_weight:
                 by_weight.attach(layer, name, one.adapter, overlay.route, one.site.parameter)
             else:
                 attach.attach(layer, name, one.adapter, overlay.route)
         for path in todo.resolution.saved:
             source = todo.resolution.tied.get(path)
-            weight = (
-                None
-                if source is None
-                else model.get_submodule(source).get_parameter(f"{saved_module.CHILD}.{name}.weight")
-            )
-            saved_module.keep_copy(model.get_submodule(path), name, overlay.route, weight=weight)
+            weight = None if source is None else find(source).get_parameter(f"{saved_module.CHILD}.{name}.weight")
+            saved_module.keep_copy(find(path), name, overlay.route, weight=weight)
         for site, trained in rows:
             for path in site.paths:
-                token_rows.keep_rows(model.get_submodule(path), name, trained, overlay.route)
+                token_rows.keep_rows(find(path), name, trained, overlay.route)
         fused.follow_adapters(model)
         shared_input.introduce(model, (one.site.path for one in made))
     except BaseException:
@@ -144,6 +142,7 @@ def _let_wait(model: nn.Module, overlay: Overlay, name: str) -> None:
     """Let a new adapter neither act nor train. The others' gradients stay: who froze a part of one meant it."""
     for parameter in own_parameters(model, name):
         parameter.requires_grad_(False)
+    overlay.route.may_train.discard(name)
     overlay.route.set()
     place_stand_ins(model, overlay)
 
@@ -153,12 +152,13 @@ def _made(
 ) -> list[Made]:
     """The adapters of all sites. Raises ConfigError if the initialisation cannot start on one."""
     sites, config = [site for site in todo.resolution.sites if site.tied_to is None], todo.config
+    find = finder(model)
     if tensors is not None:
-        made = [saved_adapter(model, site, config, tensors, float32=float32) for site in sites]
+        made = [saved_adapter(find(site.path), site, config, tensors, float32=float32) for site in sites]
     else:
         stats = kept_statistics(model, config, [site.path for site in sites])
         made = [
-            new_adapter(model, site, config, stats=stats.get(site.path), float32=float32, generator=generator)
+            new_adapter(find(site.path), site, config, stats=stats.get(site.path), float32=float32, generator=generator)
             for site in sites
         ]
     adapters = {one.site.path: one.adapter for one in made}
@@ -198,13 +198,14 @@ def forget_adapter(model: nn.Module, overlay: Overlay, name: str) -> None:
 
 
 def _take_off(model: nn.Module, name: str, resolution: Resolution) -> None:
+    find = finder(model)
     for site in resolution.sites:
-        attach.detach(model.get_submodule(site.path), name)
+        attach.detach(find(site.path), name)
     for path in resolution.saved:
-        saved_module.drop_copy(model.get_submodule(path), name)
+        saved_module.drop_copy(find(path), name)
     for site in resolution.token_rows:
         for path in site.paths:
-            token_rows.drop_rows(model.get_submodule(path), name)
+            token_rows.drop_rows(find(path), name)
     fused.follow_adapters(model)
 
 
@@ -243,11 +244,22 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 
 def follow_route(model: nn.Module, overlay: Overlay) -> None:
-    """Make gradients and biases agree with the active adapters."""
-    for name in overlay.configs:
-        wanted = name in overlay.route.active and overlay.trainable[name]
+    """Make gradients and biases agree with the active adapters.
+
+    Adapters that rest were frozen when they came to: of those only the first and last layers are looked at, which tell
+    whether somebody let them all train by hand.
+    """
+    route, find = overlay.route, finder(model)
+    training = {name for name in route.active if overlay.trainable[name]}
+    concerned = (
+        n for n in overlay.configs if n in training or n in route.may_train or at_ends_trains(overlay, n, find)
+    )
+    for name in concerned:
+        wanted = name in training
         for parameter in own_parameters(model, name):
-            parameter.requires_grad_(wanted)
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
+    route.may_train = training
     place_stand_ins(model, overlay)
 
 

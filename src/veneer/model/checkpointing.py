@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from veneer.layers.route import RoutedCheckpoint
+from veneer.layers.walk import modules_outside
 from veneer.model.overlay import overlay_of
 
 _ENABLE = "_set_gradient_checkpointing"  # where all of transformers' ways to switch it on end
@@ -30,7 +31,7 @@ def protect_checkpointing(model: nn.Module) -> None:
         return
     if hasattr(type(model), _ENABLE):
         vars(model)[_ENABLE] = EnableRouted(model)
-    for module in model.modules():
+    for _, module in modules_outside(model):
         function = vars(module).get(_FUNCTION)
         if function is not None and not isinstance(function, RoutedCheckpoint):
             vars(module)[_FUNCTION] = RoutedCheckpoint(function, overlay.route)
@@ -40,7 +41,7 @@ def unprotect_checkpointing(model: nn.Module) -> None:
     """Undo `protect_checkpointing`."""
     if isinstance(vars(model).get(_ENABLE), EnableRouted):
         del vars(model)[_ENABLE]
-    for module in model.modules():
+    for _, module in modules_outside(model):
         function = vars(module).get(_FUNCTION)
         if isinstance(function, RoutedCheckpoint):
             vars(module)[_FUNCTION] = function.checkpoint

@@ -22,7 +22,7 @@ def take_off_leftovers(model: nn.Module, overlay: Overlay) -> None:
         overlay.originals.clear()
         overlay.route.set(merged=())
     gone = [name for name in overlay.resolutions if name not in overlay.configs]
-    for layer, names in merged_by_themselves(model):
+    for layer, names in merged_by_themselves(model, overlay):
         if set(names) & set(gone):
             unmerge_here(layer)
     for name in gone:

@@ -15,6 +15,7 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.saved_module import original_state
 from veneer.layers.token_rows import TokenRows
+from veneer.layers.walk import finder
 from veneer.layers.weights import home, read, stored
 from veneer.model.start import takes_off_its_start
 from veneer.model.tensors import bias_key, site_keys
@@ -34,7 +35,7 @@ class Made:
 
 
 def new_adapter(
-    model: nn.Module,
+    layer: Layer,
     site: Site,
     config: LoraConfig,
     *,
@@ -42,12 +43,11 @@ def new_adapter(
     float32: bool = True,
     generator: Generator | None = None,
 ) -> Made:
-    """A new adapter, as `init_lora_weights` says it starts.
+    """A new adapter for a layer, as `init_lora_weights` says it starts.
 
     stats    what was measured for this layer, if the initialisation needs that
     float32  keep it in float32 over a half-precision base
     """
-    layer: Layer = model.get_submodule(site.path)
     dtype, device = _dtype(stored(layer, site.parameter), float32), home(layer, site.parameter)
     made = _started(layer, site, config, stats, generator)
     A, B = (value.to(dtype).reshape(shape) for value, shape in zip((made.A, made.B), site.factors, strict=True))
@@ -72,13 +72,12 @@ def new_adapter(
 
 
 def saved_adapter(
-    model: nn.Module, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], *, float32: bool = True
+    layer: Layer, site: Site, config: LoraConfig, tensors: Mapping[str, Tensor], *, float32: bool = True
 ) -> Made:
     """An adapter with the values of a file, already checked, by their names there.
 
     What the initialisation once did to the base is done again, where the config says that the file goes with that.
     """
-    layer: Layer = model.get_submodule(site.path)
     dtype, device = _dtype(stored(layer, site.parameter), float32), home(layer, site.parameter)
     values = {part: tensors[key].to(device, dtype) for part, key in site_keys(site).items()}
     start, base = None, None
@@ -126,8 +125,9 @@ def saved_dtypes(
     """
     dtypes: dict[str, torch.dtype] = {}
     wide = not float32 or any(value.dtype is torch.float64 for value in tensors.values())
+    find = finder(model)
     for site in resolution.sites if wide else ():
-        dtype = _dtype(stored(model.get_submodule(site.path), site.parameter), float32)
+        dtype = _dtype(stored(find(site.path), site.parameter), float32)
         dtypes |= dict.fromkeys(site_keys(site).values(), dtype)
     for path in resolution.saved:
         state = original_state(model.get_submodule(path))

@@ -16,6 +16,7 @@ from veneer.layers.merging import check_merge, merge_here, merged_values, unmerg
 from veneer.layers.peft_names import WeightNames
 from veneer.layers.replication import replication_of
 from veneer.layers.route import as_names
+from veneer.layers.walk import modules_outside
 from veneer.layers.weights import is_offloaded, kept, put_back, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import Sources, check_rows, merged_rows, one_with, put_merged, sources_of
@@ -68,7 +69,7 @@ def unmerge(model: nn.Module) -> None:
     overlay = overlay_needed(model)
     if not overlay.route.in_weights:
         raise MergeError("Nothing is merged.")
-    for layer, _ in merged_by_themselves(model):
+    for layer, _ in merged_by_themselves(model, overlay):
         unmerge_here(layer)
     for (path, parameter), original in overlay.originals.items():
         put_back(model.get_submodule(path), parameter, original)
@@ -77,9 +78,11 @@ def unmerge(model: nn.Module) -> None:
     place_stand_ins(model, overlay)
 
 
-def merged_by_themselves(model: nn.Module) -> list[tuple[Layer, tuple[str, ...]]]:
+def merged_by_themselves(model: nn.Module, overlay: Overlay) -> list[tuple[Layer, tuple[str, ...]]]:
     """(layer, adapters) of each layer that has adapters in its weights by itself, as by diffusers' `fuse_lora`."""
-    layers = (module for module in model.modules() if isinstance(module, WeightNames))
+    if not overlay.route.merged_on:
+        return []
+    layers = (module for _, module in modules_outside(model) if isinstance(module, WeightNames))
     return [(layer, layer._veneer_merged.names) for layer in layers if layer._veneer_merged is not None]
 
 
@@ -101,7 +104,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
     if overlay is None:
         yield
         return
-    enabled, merged, apart = overlay.route.enabled, overlay.route.merged, merged_by_themselves(model)
+    enabled, merged, apart = overlay.route.enabled, overlay.route.merged, merged_by_themselves(model, overlay)
     disable(model)
     try:
         yield
@@ -128,7 +131,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn
     second model is held. Raises AdapterNameError, AttachError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
-    before, apart = overlay.route.merged, merged_by_themselves(model)
+    before, apart = overlay.route.merged, merged_by_themselves(model, overlay)
     names = before if before and names is None else names
     if before or apart:
         unmerge(model)

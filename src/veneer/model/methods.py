@@ -149,6 +149,8 @@ class AdapterMethods(nn.Module):
         for name in names:
             self._overlay.trainable[name] = requires_grad
         follow_route(self.bare, self._overlay)
+        if requires_grad:
+            self._overlay.route.may_train.update(names)
         for name in names:
             for parameter in own_parameters(self.bare, name):
                 parameter.requires_grad_(requires_grad)

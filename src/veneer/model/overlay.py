@@ -1,6 +1,6 @@
 """What Veneer knows of a model it has laid adapters over. One `Overlay` hangs on each such model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -14,6 +14,7 @@ from veneer.layers.route import Route, as_names
 from veneer.layers.stand_in import StandIns
 from veneer.layers.swap import front_of, take_away
 from veneer.layers.token_rows import TokenRows
+from veneer.layers.walk import finder, modules_outside
 from veneer.layers.weights.offloaded import Elsewhere
 from veneer.suggest import did_you_mean
 from veneer.targets import Resolution, Site, TokenSite
@@ -120,7 +121,7 @@ def adapted_part(model: nn.Module) -> nn.Module:
     Raises AdapterNameError if there is none, or more than one.
     """
     check_model(model)
-    carriers = (module for module in model.modules() if overlay_of(module) is not None)
+    carriers = (module for _, module in modules_outside(model) if overlay_of(module) is not None)
     part = next(carriers, None)
     if part is None:
         raise AdapterNameError(f"{type(model).__name__} has no adapter.")
@@ -151,8 +152,9 @@ def take_down(model: nn.Module) -> None:
 
 def adapters_by_site(model: nn.Module, name: str) -> Iterator[tuple[Site, Adapter]]:
     """What adapter `name` is on each of its sites, in the model's order."""
+    find = finder(model)
     for site in overlay_needed(model).resolutions[name].sites:
-        yield site, adapter_on(model.get_submodule(site.path), name, site.parameter)
+        yield site, adapter_on(find(site.path), name, site.parameter)
 
 
 def saved_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Layer]]:
@@ -176,3 +178,10 @@ def own_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
         yield from module.modules_to_save[name].parameters()
     for _, rows in token_rows(model, name):
         yield from rows.parameters()
+
+
+def at_ends_trains(overlay: Overlay, name: str, find: Callable[[str], nn.Module]) -> bool:
+    """Whether adapter `name` trains on its first layer or its last; True if it is on none, and trains other things."""
+    sites = overlay.resolutions[name].sites
+    ends = (adapter_on(find(site.path), name, site.parameter) for site in (*sites[:1], *sites[-1:]))
+    return not sites or any(parameter.requires_grad for adapter in ends for parameter in adapter.trained())

@@ -16,6 +16,7 @@ from veneer.layers.route import BASE
 from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import Front, check_forward
 from veneer.layers.token_rows import has_rows
+from veneer.layers.walk import finder, modules_outside
 from veneer.layers.weights import STORES, is_offloaded, store_of
 from veneer.layers.weights.dense import DENSE
 from veneer.layers.weights.offloaded import brings_in_submodules
@@ -49,20 +50,25 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
     config.check()
     if overlay is not None and overlay.route.in_weights:
         raise MergeError(f"Unmerge {', '.join(overlay.route.in_weights)} first: the weights are not the base's now.")
-    with replicated(model, _stretches(model, config, overlay)):
-        return _plan(model, name, config, overlay, strict=strict)
+    stretches = _stretches(model, config, overlay)
+    with replicated(model, stretches):
+        return _plan(model, name, config, overlay, stretches, strict=strict)
 
 
-def _plan(model: nn.Module, name: str, config: LoraConfig, overlay: Overlay | None, *, strict: bool) -> Plan:
+def _plan(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    overlay: Overlay | None,
+    stretches: list[tuple[int, int]] | None,
+    *,
+    strict: bool,
+) -> Plan:
     """The plan for a model whose layers are those that the adapter will lie on."""
-    resolution = resolve(model, config, strict=strict)
+    resolution, find = resolve(model, config, strict=strict), finder(model)
     problems = [
-        *(problem for path in resolution.saved for problem in _why_not_saved(model.get_submodule(path), path, overlay)),
-        *(
-            problem
-            for site in resolution.sites
-            for problem in _why_not_adapted(model.get_submodule(site.path), site, config)
-        ),
+        *(problem for path in resolution.saved for problem in _why_not_saved(find(path), path, overlay)),
+        *(problem for site in resolution.sites for problem in _why_not_adapted(find(site.path), site, config)),
         *(problem for site in resolution.token_rows for problem in _why_no_rows(model, site)),
         *_other_overlay(model, overlay, resolution),
         *_clashes_of_bias(overlay, resolution),
@@ -73,19 +79,19 @@ def _plan(model: nn.Module, name: str, config: LoraConfig, overlay: Overlay | No
     if problems:
         raise AttachError(bullet_list(f"Adapter {name!r} cannot be attached:", problems))
     for path in _paths(resolution):
-        module = model.get_submodule(path)
+        module = find(path)
         if not isinstance(module, Front):
             check_forward(module)
     for site in resolution.sites:
         if site.dora or _looks_at_weights(config):
-            store_of(model.get_submodule(site.path), site.parameter)
+            store_of(find(site.path), site.parameter)
     stored_transposed = any(site.kind.fan_in_fan_out for site in resolution.sites)
     resolved = config.in_use(
         target_modules=resolution.target_modules,
         modules_to_save=resolution.modules_to_save,
         fan_in_fan_out=stored_transposed,
         trainable_token_indices=resolution.token_indices,
-        layer_replication=_stretches(model, config, overlay),
+        layer_replication=stretches,
     )
     return Plan(name, resolved, resolution)
 
@@ -198,7 +204,9 @@ def _why_not_biases(model: nn.Module, resolution: Resolution) -> list[str]:
 
 def _brought_in_as_one(model: nn.Module, resolution: Resolution) -> list[str]:
     """accelerate looks up each parameter inside such a module among those it had when it was dispatched."""
-    whole = [path for path, module in model.named_modules() if brings_in_submodules(module)]
+    whole = [path for path, module in modules_outside(model) if brings_in_submodules(module)]
+    if not whole:
+        return []
     return [
         f"{path} is inside {outer or 'a model'}, which is offloaded as one; dispatch the model without "
         "preload_module_classes"
@@ -223,7 +231,8 @@ def _why_no_rows(model: nn.Module, site: TokenSite) -> list[str]:
 
 def _other_overlay(model: nn.Module, overlay: Overlay | None, resolution: Resolution) -> list[str]:
     """Adapters that were laid over a part of the model, or over a model this one is part of."""
-    routes = {path: vars(model.get_submodule(path)).get("_veneer_route") for path in _paths(resolution)}
+    find = finder(model)
+    routes = {path: vars(find(path)).get("_veneer_route") for path in _paths(resolution)}
     mine = None if overlay is None else overlay.route
     strange = [path for path, route in routes.items() if route is not None and route is not mine]
     if strange:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from veneer.layers.kinds import class_name
+from veneer.layers.kinds import class_names
 from veneer.layers.swap import base_class
+from veneer.layers.walk import finder
 from veneer.targets import Site
 
 # Classes inside which the first dimension is another one: tokens, say.
@@ -29,10 +30,11 @@ _ROWS_ELSEWHERE = frozenset(
 
 def layers_without_rows(model: nn.Module, sites: Iterable[Site]) -> Iterator[str]:
     """A sentence for each site of that kind, beginning with its path."""
+    find = finder(model)
     for site in sites:
         parts = site.path.split(".")
-        owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-        owner = next((owner for owner in owners if _ROWS_ELSEWHERE & set(map(class_name, type(owner).__mro__))), None)
+        owners = (find(".".join(parts[:depth])) for depth in range(len(parts)))
+        owner = next((owner for owner in owners if not _ROWS_ELSEWHERE.isdisjoint(class_names(type(owner)))), None)
         if "experts" in parts:
             yield f"{site.path}: an expert sees tokens of several rows, mixed"
         elif site.by_weight:

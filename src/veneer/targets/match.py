@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from veneer.config import ALL_LINEAR, LoraConfig, first_match, matches_end, rank_and_alpha
+from veneer.config import ALL_LINEAR, LoraConfig, all_matches, first_match, rank_and_alpha
 from veneer.errors import VeneerWarning
 from veneer.layers.kinds import EMBEDDING, kind_of
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.targets.findings import Findings
 from veneer.targets.layer_numbers import in_layers
 from veneer.targets.left_out import stacks, warn_of_stacks
-from veneer.targets.names import as_list, inside, named, selector
+from veneer.targets.names import as_list, by_end, inside, named, selector
 from veneer.targets.names_on_disk import names_on_disk
 from veneer.targets.parameters import (
     attention_sites,
@@ -115,8 +115,9 @@ def _targeted(structure: Structure, config: LoraConfig, saved: list[str], findin
         return chosen
     selects = selector(target)
     found = [path for path in structure.modules if selects(path)]
+    meant = by_end(found)
     for name in as_list(target):
-        mine = found if isinstance(target, str) else [path for path in found if named([name], path)]
+        mine = found if isinstance(target, str) else meant.get(name)
         if not mine:
             findings.idle.append(_unmatched_module(structure, name, is_pattern=isinstance(target, str)))
         elif all(inside(path, saved) for path in mine):
@@ -138,23 +139,24 @@ def _excluded(structure: Structure, config: LoraConfig, chosen: list[str], findi
     candidates = list(dict.fromkeys([*chosen, *structure.layers]))
     if config.target_modules in (None, ALL_LINEAR):  # which leaves them out anyway: here it shows that this is meant
         candidates += dict.fromkeys(name.rpartition(".")[0] for name in stacks(structure))
+    drops = selector(exclude)
+    meant = by_end(candidates)
     for name in as_list(exclude):
-        if not any(map(selector(exclude if isinstance(exclude, str) else [name]), candidates)):
+        if not (any(map(drops, candidates)) if isinstance(exclude, str) else name in meant):
             findings.idle.append(
                 explain_unmatched("exclude_modules", name, candidates, is_pattern=isinstance(exclude, str))
             )
-    drops = selector(exclude)
     return [path for path in chosen if not drops(path)]
 
 
 def _check_patterns(config: LoraConfig, paths: list[str], findings: Findings) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, field)
-        used = {first_match(keys, path) for path in paths}
-        for key in keys if paths else ():
-            if key in used:
-                continue
-            if any(matches_end(key, path) for path in paths):
+        used = {first_match(keys, path) for path in paths} if keys else set()
+        idle = [key for key in keys if key not in used] if paths else []
+        hidden = all_matches(idle, paths)
+        for key in idle:
+            if key in hidden:
                 problem = f"{field}: {key!r} has no effect, keys before it match the same layers; put it first"
             else:
                 problem = explain_unmatched(field, key, paths)

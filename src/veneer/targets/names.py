@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from veneer.config import matches
+from veneer.config import ends_of, matches
 
 
 def named(names: Iterable[str], path: str) -> list[str]:
@@ -19,7 +19,21 @@ def selector(choice: list[str] | str) -> Callable[[str], bool]:
     """The test whether a path is meant by a list of names, or by a regular expression."""
     if isinstance(choice, str):
         return lambda path: matches(choice, path)
-    return lambda path: bool(named(choice, path))
+    names = frozenset(choice)
+    return lambda path: not names.isdisjoint(ends_of(path))
+
+
+def by_end(paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths by each of their ends at dots: what `named` says of many names and many paths.
+
+    >>> by_end(["0.q_proj", "1.q_proj"])["q_proj"]
+    ['0.q_proj', '1.q_proj']
+    """
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        for end in ends_of(path):
+            found.setdefault(end, []).append(path)
+    return found
 
 
 def inside(path: str, roots: Iterable[str]) -> bool:

@@ -7,10 +7,11 @@ from torch import nn
 
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import Adapters
-from veneer.layers.kinds import ATTENTION, KINDS, class_name, kind_of
+from veneer.layers.kinds import ATTENTION, KINDS, class_names, kind_of
 from veneer.layers.saved_module import Copies
 from veneer.layers.swap import base_class
 from veneer.layers.token_rows import RowsByAdapter
+from veneer.layers.walk import modules_outside
 from veneer.targets.readers import READERS
 
 _GETTERS = ("get_input_embeddings", "get_output_embeddings")
@@ -80,8 +81,7 @@ def structure_of(model: nn.Module) -> Structure:
     linear = [path for path in layers if modules[path] is not head and is_linear(modules[path]) and path not in parts]
     readers = {
         path: f"{owner} reads its weight without calling it, so it would be ignored; {_instead(owner)}"
-        for path in modules
-        if (owner := _reader(model, modules, path))
+        for path, owner in _readers(model, modules).items()
     }
     parameters = [
         f"{path}.{name}" if path else name
@@ -93,25 +93,25 @@ def structure_of(model: nn.Module) -> Structure:
 
 
 def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    skipped: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, Adapters | Adapter | Copies | RowsByAdapter):
-            skipped.append(f"{path}.")
-        elif path and not path.startswith(tuple(skipped)):
-            yield path, module
+    found = modules_outside(model, (Adapters, Adapter, Copies, RowsByAdapter))
+    return ((path, module) for path, module in found if path)
 
 
-def _reader(model: nn.Module, modules: dict[str, nn.Module], path: str) -> str | None:
-    """The class that reads the weights of this module, of its parent or of one further up; None if none does."""
-    child = path
-    while child:
-        parent, _, name = child.rpartition(".")
-        for cls in type(modules.get(parent, model)).__mro__:
-            children = READERS.get(class_name(cls), ())
+def _readers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The class that reads the weights of a module, or of one that it is in, by the module's path."""
+    found: dict[str, str] = {}
+    for path in modules:
+        parent, _, name = path.rpartition(".")
+        owner = type(modules.get(parent, model))
+        for cls, known in zip(owner.__mro__, class_names(owner), strict=True):
+            children = READERS.get(known, ())
             if children is None or name in children:
-                return cls.__name__
-        child = parent
-    return None
+                found[path] = cls.__name__
+                break
+        else:
+            if parent in found:
+                found[path] = found[parent]
+    return found
 
 
 def _instead(owner: str) -> str:

@@ -7,6 +7,8 @@ A kind is a handful of pure functions. To adapt a layer class of your own, regis
 Classes are looked up by name along the method resolution order, so nothing is imported to recognise a layer.
 """
 
+from functools import lru_cache
+
 from torch import nn
 
 from veneer.errors import check_kind
@@ -33,6 +35,12 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+@lru_cache(maxsize=1024)
+def class_names(cls: type) -> tuple[str, ...]:
+    """The names of a class and of all it derives from, in the method resolution order."""
+    return tuple(map(class_name, cls.__mro__))
+
+
 def register_kind(cls: type[nn.Module], kind: Kind) -> None:
     """Make layers of class `cls` (and its subclasses) adaptable. Raises ArgumentError for anything else."""
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
@@ -43,11 +51,7 @@ def register_kind(cls: type[nn.Module], kind: Kind) -> None:
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of a layer, or None if no class it derives from is registered."""
-    for cls in type(layer).__mro__:
-        kind = KINDS.get(class_name(cls))
-        if kind is not None:
-            return kind
-    return None
+    return next((KINDS[name] for name in class_names(type(layer)) if name in KINDS), None)
 
 
 __all__ = [
@@ -65,6 +69,7 @@ __all__ = [
     "Shape",
     "Stack",
     "class_name",
+    "class_names",
     "kind_of",
     "parameter_kind",
     "register_kind",

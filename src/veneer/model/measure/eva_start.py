@@ -116,7 +116,7 @@ def _with_patterns(
 def _made(model: nn.Module, site: Site, config: LoraConfig, A_RI: Tensor, *, float32: bool) -> Made:
     # The rows are as they will be, also if whitened: singular values of 1 leave them so.
     stats = Components(A_RI, torch.ones(len(A_RI), device=A_RI.device))
-    return new_adapter(model, site, config, stats=stats, float32=float32)
+    return new_adapter(model.get_submodule(site.path), site, config, stats=stats, float32=float32)
 
 
 def _put(model: nn.Module, overlay: Overlay, name: str, config: LoraConfig, new: Resolution, made: list[Made]) -> None:

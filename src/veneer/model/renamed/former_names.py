@@ -13,11 +13,17 @@ from typing import Any
 
 from torch import nn
 
+from veneer.layers.attach import Adapters
+from veneer.layers.saved_module import Copies
+from veneer.layers.token_rows import RowsByAdapter
+from veneer.layers.walk import modules_outside
+
 _TABLE, _RULES, _MODELS = (
     "transformers.conversion_mapping",
     "transformers.core_model_loading",
     "transformers.modeling_utils",
 )
+_OURS = (Adapters, Copies, RowsByAdapter)
 # What a rule does to the weights it gathers: (operation, dimension), and whether they are matrices of a stack then.
 _STACK, _BELOW = ("MergeModulelist", 0), "Concatenate"
 
@@ -43,6 +49,20 @@ class Place:
         return self.matrix is None and self.parts == 1 and not self.refused
 
 
+class _Bare:
+    """A model as transformers' table is to see it, which asks for its modules: without the adapters' own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module)."""
+        return modules_outside(self._model, _OURS)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 class FormerNames:
     """The names that the weights of a model had before, as transformers tells them.
 
@@ -52,14 +72,20 @@ class FormerNames:
     def __init__(self, model: nn.Module, prefix: str, table: ModuleType, rules: ModuleType) -> None:
         self.prefix = prefix
         self._rename = rules.rename_source_key
-        found: list[Any] = table.get_model_conversion_mapping(model)
+        bare = _Bare(model)
+        found: list[Any] = table.get_model_conversion_mapping(bare)
         self._converters = [one for one in found if isinstance(one, rules.WeightConverter)]
         self._renamings = [one for one in found if not isinstance(one, rules.WeightConverter)]
         # without what only mends checkpoints that some versions wrote
-        renamings = table.get_model_conversion_mapping(model, add_legacy=False)
+        renamings = table.get_model_conversion_mapping(bare, add_legacy=False)
         renamings = [one for one in reversed(renamings) if not isinstance(one, rules.WeightConverter)]
         self._back = [one.reverse_transform() for one in renamings]
-        self._parameters = {f"{prefix}{name}": value for name, value in model.named_parameters()}
+        found_at: dict[int, tuple[str, nn.Parameter]] = {}
+        for path, part in bare.named_modules():
+            for name, value in part._parameters.items():
+                if value is not None:  # one that is shared counts under its first name
+                    found_at.setdefault(id(value), (f"{prefix}{path}.{name}" if path else f"{prefix}{name}", value))
+        self._parameters = dict(found_at.values())
 
     def place(self, name: str) -> Place | None:
         """Where the weight that once had this full name is now; None if it is not of this model."""
@@ -86,6 +112,8 @@ class FormerNames:
 
     def layers(self) -> Iterator[tuple[str, Place]]:
         """(former path of a layer, where its weight is now), the oldest path of each first."""
+        if not (self._back or self._converters):
+            return
         for name, weight in self._parameters.items():
             for former in self._older(name):
                 if former != name and self.place(former) == Place(name):
@@ -131,7 +159,7 @@ def former_names(model: nn.Module) -> list[FormerNames]:
     if table is None or rules is None or models is None:
         return []
     outermost: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in modules_outside(model):
         prefix = f"{path}." if path else ""
         if isinstance(module, models.PreTrainedModel) and not prefix.startswith(tuple(outermost)):
             outermost.append(prefix)
