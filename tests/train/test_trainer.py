@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from transformers import MixtralConfig, MixtralForCausalLM
+from trl.trainer.sft_trainer import SFTTrainer
 
 from train.tiny_chat import model, tokenizer
 from veneer import LoraConfig
@@ -13,7 +15,8 @@ from veneer.errors import RunError
 from veneer.integrations.transformers import add_adapter
 from veneer.train.build import arguments
 from veneer.train.data import Message, Row
-from veneer.train.loss import plain_head
+from veneer.train.loss import plain_head, summed_loss
+from veneer.train.order import ByLength
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import tokenise
 from veneer.train.trainer import VeneerSFTTrainer
@@ -139,3 +142,37 @@ def test_a_number_that_is_not_finite_stops_training_before_the_weights_change(tm
     with pytest.raises(RunError, match=f"{what} is not a finite number at step 1"):
         made.train()
     assert torch.equal(parameter, before)
+
+
+def test_a_mixture_of_experts_adds_its_term_for_an_even_load(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer()), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, router_aux_loss_coef=0.5, pad_token_id=0,
+    )  # fmt: skip
+    bare = MixtralForCausalLM(config)
+    lora = LoraConfig(r=4, init_lora_weights=False, exclude_modules=["experts"])
+    add_adapter(bare, lora, generator=torch.Generator().manual_seed(0))
+    made = trainer(tmp_path, bare)
+    inputs = next(iter(made.get_train_dataloader()))
+    made.model.train()
+    theirs = SFTTrainer.compute_loss(made, made.model, dict(inputs))
+    torch.testing.assert_close(made.compute_loss(made.model, dict(inputs)), theirs)
+    made.model.eval()
+    learned = (inputs["labels"][:, 1:] != -100).sum()
+    found = made.compute_loss(made.model, dict(inputs))
+    assert found < theirs
+    torch.testing.assert_close(found, summed_loss(made.model, without(inputs), inputs["labels"], None)[0] / learned)
+
+
+def without(inputs):
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_rows_of_a_step_are_of_similar_length_where_that_is_asked_for(tmp_path: Path, group_by_length: bool) -> None:
+    made = trainer(tmp_path, adapted(), batch_size=1, group_by_length=group_by_length)
+    assert isinstance(made._get_train_sampler(), ByLength) == group_by_length
+    batches = [batch["input_ids"].shape[1] for batch in made.get_eval_dataloader(made.train_dataset)]
+    assert (batches == sorted(batches, reverse=True)) == group_by_length
+    assert sorted(batches) == sorted(len(example.input_ids) for example in examples())
