@@ -68,7 +68,9 @@ MORE = {
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0},
 }
-CASES = [(kind, config, True) for kind, config in PLAIN.items()] + [(kind, config, False) for kind, config in MORE.items()]
+CASES = [(kind, config, True) for kind, config in PLAIN.items()] + [
+    (kind, config, False) for kind, config in MORE.items()
+]
 
 
 @pytest.mark.parametrize(("kind", "config", "plain"), CASES, ids=[f"{kind}-{plain}" for kind, _, plain in CASES])

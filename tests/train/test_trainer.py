@@ -75,9 +75,7 @@ def loss_of(made: VeneerSFTTrainer) -> torch.Tensor:
 @pytest.mark.parametrize("in_head", [True, False])
 def test_the_loss_is_transformers_own(tmp_path: Path, in_head: bool) -> None:
     bare = adapted()
-    torch.testing.assert_close(
-        loss_of(trainer(tmp_path, copy.deepcopy(bare), in_head=in_head)), reference(bare)
-    )
+    torch.testing.assert_close(loss_of(trainer(tmp_path, copy.deepcopy(bare), in_head=in_head)), reference(bare))
 
 
 @pytest.mark.parametrize("in_head", [True, False])

@@ -82,7 +82,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (g,) = grad_outputs
         h_ND, W_VD, b_V, labels_N, *made = ctx.saved_tensors
         if torch.is_grad_enabled():  # these gradients are to be differentiated again
             made = _gradients(h_ND, W_VD, b_V, labels_N)
@@ -91,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_less_label_(z_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """Turn logits, in place, into the gradient of their cross-entropy, softmax minus one-hot; returns its sum over C."""
+    """Make of logits, in place, the gradient of their cross-entropy: softmax minus one-hot. Returns the sum over C."""
     labels_C1 = labels_C[:, None]
     z_CV -= z_CV.amax(dim=1, keepdim=True)
     at_label_C1 = z_CV.gather(1, labels_C1)

@@ -56,8 +56,8 @@ def build_trainer(
     trainer.head = plain_head(model)  # now that the model is where it will run
     if trainer.head is None:
         progress.say(
-            "Note: the loss is taken from the logits that the model computes, as its output head is adapted or trained, "
-            "or its logits are more than the head's output. That takes more memory, and somewhat longer."
+            "Note: the loss is taken from the logits that the model computes, as its output head is adapted or "
+            "trained, or its logits are more than the head's output. That takes more memory, and somewhat longer."
         )
     trainer.optimizer = optimizer  # None: the trainer makes its own
     trainer.remove_callback(PrinterCallback)

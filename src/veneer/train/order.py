@@ -1,4 +1,4 @@
-"""The order in which a run reads its rows: shuffled, with rows of similar length in one step, so that little is padding.
+"""The order in which a run reads its rows: shuffled, with rows of similar length in one step to save padding.
 
 A batch is as wide as its longest row. Rows are drawn at random into windows of a few steps, sorted by length within
 each and cut into steps, and the steps are shuffled: each epoch groups anew, each row is read once an epoch, and a step
