@@ -35,8 +35,8 @@ ABOUT = (
     "padding. With the same settings all read the same batches: what differs is Veneer's layers, and its loss, which "
     "makes logits for labelled tokens alone. As it comes, Veneer also puts rows of similar length into one step: of "
     "the demonstration's 320 rows, random batches are 16 % padding and grouped ones 3 %. On a CPU, TRL 1.16 scores "
-    "every token, makes each logit twice and takes longer than the model's own loss would; on a GPU it has a kernel and "
-    "scores labelled tokens alone, so this ratio is one of CPUs. Transformers' own Trainer with PEFT, and the loss "
+    "every token, makes each logit twice and takes longer than the model's own loss would; on a GPU it has a kernel "
+    "and scores labelled tokens alone, so this ratio is one of CPUs. Transformers' own Trainer with PEFT, and the loss "
     "that the model itself computes, stands beside it and is the stricter comparison. All read each row once; the loss "
     "of rows not trained on, after that, shows that they learned the same."
 )
