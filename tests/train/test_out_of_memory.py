@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from train.tiny_run import WEIGHTS, settings
 from veneer.errors import RunError
+from veneer.train import trainer
 from veneer.train.out_of_memory import Batch, Doing, Room, explained, is_out_of_memory, ways_out
 from veneer.train.resume import newest_checkpoint
 from veneer.train.run import train
 from veneer.train.run_file import load
-from veneer.train.trainer import VeneerSFTTrainer
 
 CUDA = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.57 GiB of which 1.02 GiB is "
@@ -42,8 +42,8 @@ class Failing:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, phase: str, error: BaseException, *, step: int = 2) -> None:
         self.left = 1
         owner, name = {
-            "the forward pass": (VeneerSFTTrainer, "_from_logits"),
-            "the evaluation": (VeneerSFTTrainer, "_from_logits"),
+            "the forward pass": (trainer, "summed_loss"),
+            "the evaluation": (trainer, "summed_loss"),
             "the backward pass": (torch.Tensor, "backward"),
             "the optimizer's step": (torch.optim.AdamW, "step"),
         }[phase]

@@ -80,6 +80,48 @@ def test_every_kind_of_adapter_is_resumed_bit_for_bit_and_loads(
     assert load_adapted(str(whole.adapter_dir)).model.active_adapters == ["default"]
 
 
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[list[int]]]:
+    """The tokens of each row that was trained on, without padding, by the step it was read for."""
+    from veneer.train.trainer import VeneerSFTTrainer
+
+    found: dict[int, list[list[int]]] = {}
+    inner = VeneerSFTTrainer.training_step
+
+    def spied(self, model, inputs, *args, **kwargs):
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        found.setdefault(self.state.global_step + 1, []).extend(ids[mask].tolist() for ids, mask in rows)
+        return inner(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(VeneerSFTTrainer, "training_step", spied)
+    return found
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_a_run_that_goes_on_within_an_epoch_reads_the_rows_that_were_left(
+    chat_model: Path, tmp_path: Path, rows_read: dict, group_by_length: bool
+) -> None:
+    rows = [{"prompt": "why " * (1 + 7 * n % 22), "completion": f"as {n}"} for n in range(22)]
+    file = write_rows(tmp_path / "uneven.jsonl", rows)
+    changes: dict = {"save_every": 2, "keep_checkpoints": 4, "max_steps": 8, "gradient_accumulation": 2}
+    changes["group_by_length"] = group_by_length
+    lora = {"lora_dropout": 0.1}
+    whole = train(settings(chat_model, file, tmp_path / "whole", lora=lora, **changes))
+    expected = dict(rows_read)
+    epoch = [row for step in (4, 5, 6) for row in expected[step]]
+    assert len(epoch) == len({tuple(row) for row in epoch}) == 22
+    for changed in ({}, {"batch_size": 2, "gradient_accumulation": 4}):
+        half = tmp_path / f"half{len(changed)}"
+        shutil.copytree(tmp_path / "whole", half)
+        for step in (6, 8):
+            shutil.rmtree(half / "checkpoints" / f"checkpoint-{step}")
+        rows_read.clear()
+        resumed = train(settings(chat_model, file, half, lora=lora, resume=True, **changes | changed))
+        assert rows_read == {step: expected[step] for step in (5, 6, 7, 8)}
+        one, other = load_file(whole.adapter_dir / WEIGHTS), load_file(resumed.adapter_dir / WEIGHTS)
+        assert changed or all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_resume_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"found no checkpoint in .* Set training.save_every"):
         newest_checkpoint(tmp_path / "checkpoints")

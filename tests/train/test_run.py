@@ -36,6 +36,19 @@ def test_a_run_writes_a_working_adapter_log_and_plot(chat_model: Path, rows_file
     assert (result.adapter_dir / "tokenizer_config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [({}, False), ({"target_modules": ["lm_head"]}, True), ({"modules_to_save": ["lm_head"]}, True)],
+    ids=["plain", "adapted", "trained"],
+)
+def test_a_run_says_where_the_loss_takes_all_the_logits(
+    chat_model: Path, rows_file: Path, tmp_path: Path, lora: dict, said: bool
+) -> None:
+    told = Told()
+    train(settings(chat_model, rows_file, tmp_path / "out", max_steps=1, lora=lora), progress=told)
+    assert any("the loss is taken from the logits" in line for line in told.lines) == said
+
+
 def test_the_settings_it_writes_do_the_same_again(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
     from veneer.train.run_file import load
 

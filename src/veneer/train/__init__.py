@@ -6,12 +6,14 @@
     data.py       rows of a .json or .jsonl file, every problem named by its line; row_check.py looks at one row
     sets.py       rows to train on and to evaluate on, as tokens that the model can read
     tokens.py     rows to token ids and labels: what is learned and what is only read
-    trainer.py    SFTTrainer with our loss, our resume and no telemetry
+    trainer.py    SFTTrainer with our loss, our order of rows, our resume and no telemetry
+    loss.py       cross-entropy of the learned tokens alone
+    order.py      rows of similar length in one step
     schedule.py   the learning rate of each step
     build.py      a trainer from settings
     run.py        settings to an adapter folder
     resume.py     going on with a run that was stopped, or refusing to
-    watch.py      Trainer callbacks: the log file, the finite check, the progress display
+    watch.py      Trainer callbacks: the log file, the progress display
     progress.py   what the terminal shows meanwhile
     plot.py       loss.png
     folders.py    what a command may write over, and what it was given in place of a model

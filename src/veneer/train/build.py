@@ -34,9 +34,9 @@ def build_trainer(
     """
     from transformers import PrinterCallback
 
-    from veneer.train.load import device
+    from veneer.train.loss import plain_head
     from veneer.train.trainer import VeneerSFTTrainer
-    from veneer.train.watch import FiniteGradients, LastStep, LogFile, Show
+    from veneer.train.watch import LastStep, LogFile, Show
 
     args = arguments(settings, checkpoints, evaluates=bool(eval_data.examples))
     adamw = VeneerSFTTrainer.get_optimizer_cls_and_kwargs(args, model)
@@ -47,20 +47,21 @@ def build_trainer(
         train_dataset=_dataset(data),
         eval_dataset=_dataset(eval_data) if eval_data.examples else None,
         processing_class=tokenizer,
-        callbacks=[FiniteGradients(), LastStep(), LogFile(log_file, meter), Show(progress, meter)],
+        callbacks=[LastStep(), LogFile(log_file, meter), Show(progress, meter)],
         meter=meter,
-        through_head=device().type == "cpu" or _head_is_trained(model),
         schedule=settings.training.schedule,
         warmup=settings.training.warmup,
+        group_by_length=settings.training.group_by_length and not settings.training.packing,
     )
+    trainer.head = plain_head(model)  # now that the model is where it will run
+    if trainer.head is None:
+        progress.say(
+            "Note: the loss is taken from the logits that the model computes, as its output head is adapted or "
+            "trained, or its logits are more than the head's output. That takes more memory, and somewhat longer."
+        )
     trainer.optimizer = optimizer  # None: the trainer makes its own
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _head_is_trained(model: "PreTrainedModel") -> bool:
-    head: Any = model.get_output_embeddings()
-    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _dataset(tokens: Tokens) -> Any:

@@ -47,6 +47,7 @@ MEANT = {  # what other tools and habit call our keys
     "target": "lora.target_modules",
     "targets": "lora.target_modules",
     "train_file": "data.train",
+    "train_sampling_strategy": "training.group_by_length",
     "warmup_ratio": "training.warmup",
     "warmup_steps": "training.warmup",
     "wd": "training.weight_decay",

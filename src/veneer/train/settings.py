@@ -102,6 +102,7 @@ class Training(Section):
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
     max_length: Annotated[int, Field(gt=1), NotTruth] = 1024
+    group_by_length: bool = True
     packing: bool = False
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32), NotTruth] = 0

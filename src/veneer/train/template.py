@@ -52,6 +52,7 @@ training:
   weight_decay: 0.0
   max_grad_norm: 1.0
   max_length: 1024         # tokens in a row
+  group_by_length: true    # rows of similar length in one step, so that less is padding; packing has none
   packing: false           # several rows in one sequence, which do not see each other
   gradient_checkpointing: false   # less memory, about a fifth slower
   seed: 0

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch import nn
+from torch.utils.data import Sampler
 from trl.trainer.sft_trainer import SFTTrainer
 
+from veneer.train.loss import summed_loss
+from veneer.train.order import ByLength
 from veneer.train.out_of_memory import Doing
 from veneer.train.schedule import Schedule, scheduler
 from veneer.train.tokens import IGNORED
@@ -19,15 +22,17 @@ class VeneerSFTTrainer(SFTTrainer):
     meter           counts the tokens read
     doing           what it is at, for the error that memory ran out
     schedule, warmup   as in run.yaml: how the learning rate goes, see schedule.py
-    through_head    True: the loss comes from the logits the model itself computes, in the columns of the batch that
-                    hold a label. False: TRL's, which multiplies by `lm_head.weight` itself. The first is right for an
-                    adapted output head, which TRL would pass by, and faster on a CPU, where TRL scores every token.
+    group_by_length    rows of similar length in one step, see order.py
+    head            the output head where the loss may be taken in it, see loss.py; None: from the model's logits
     """
 
-    def __init__(self, *args: Any, meter: Meter, through_head: bool, schedule: Schedule, warmup: float, **kwargs: Any):
-        self.meter, self.through_head = meter, through_head
+    def __init__(
+        self, *args: Any, meter: Meter, schedule: Schedule, warmup: float, group_by_length: bool = False, **kwargs: Any
+    ):
+        self.meter, self.group_by_length = meter, group_by_length
         self.schedule: Schedule = schedule
         self.warmup = warmup
+        self.head: nn.Linear | None = None
         self.doing = Doing()
         self._eval_loss, self._eval_tokens = 0.0, 0
         super().__init__(*args, **kwargs)
@@ -49,6 +54,10 @@ class VeneerSFTTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: it would walk through all parameters in each step for a number that nobody is shown."""
+        return 0
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: it would describe the run in TRL's words, beside files of ours."""
@@ -89,28 +98,40 @@ class VeneerSFTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, from the model's logits or from TRL (see `through_head`)."""
-        compute = self._from_logits if self.through_head else super().compute_loss
-        found = compute(model, inputs, return_outputs, num_items_in_batch)
-        self.doing.forward_done()
-        return found
+        """Cross-entropy per learned token: the sum over the batch divided by the tokens of the whole step.
 
-    def _from_logits(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: torch.Tensor | int | None
-    ) -> Any:
-        """Cross-entropy per learned token: the sum over the batch divided by the tokens of the whole step."""
+        In training, a mixture of experts adds its own term for an even load, as in TRL.
+        """
         labels_BT = inputs.pop("labels")
-        next_BT = labels_BT[:, 1:]
-        columns_K = (next_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-        outputs = model(**inputs, use_cache=False, logits_to_keep=columns_K)
-        total = cross_entropy(
-            outputs.logits.flatten(0, 1).float(),
-            next_BT[:, columns_K].flatten(),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        learned = (next_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        total, outputs = summed_loss(model, inputs, labels_BT, None if return_outputs else self.head)
+        learned = (labels_BT[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / learned
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled and model.training:
+            batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / batches
+        self.doing.forward_done()
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clips; RunError before the step if the norm, which is that of all gradients, is no finite number."""
+        norm = super()._clip_grad_norm(model)
+        if not torch.as_tensor(norm).isfinite():
+            raise not_finite("gradient", self.state.global_step + 1, Path(str(self.args.output_dir)))
+        return norm
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Rows shuffled, of similar length together where that is asked for."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength([len(ids) for ids in rows["input_ids"]], a_step, seed=self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """The longest rows first: the loss is a sum over all of them, in any order."""
+        if not self.group_by_length:
+            return super()._get_eval_sampler(eval_dataset)
+        lengths = [len(ids) for ids in eval_dataset["input_ids"]]
+        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)

@@ -1,4 +1,4 @@
-"""Trainer callbacks: the log file, the check that every gradient is a number, and the progress display."""
+"""Trainer callbacks: the log file and the progress display; and the error for what is no number."""
 
 import json
 import time
@@ -40,18 +40,6 @@ def not_finite(what: str, step: int, checkpoints: Path) -> RunError:
         f"  Try a smaller training.learning_rate, a smaller training.max_grad_norm or dtype=float32."
         + (f"\n  The adapter of step {step_of(kept[-1])} is kept: {kept[-1]}" if kept else "")
     )
-
-
-class FiniteGradients(TrainerCallback):
-    """Stops before a step that would write NaN into the weights."""
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
-    ) -> None:
-        """Raise RunError if any gradient is not finite."""
-        gradients = [p.grad for p in rest["model"].parameters() if p.grad is not None]
-        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-            raise not_finite("gradient", state.global_step + 1, Path(str(args.output_dir)))
 
 
 class LastStep(TrainerCallback):
