@@ -1,6 +1,6 @@
 """Run by torchrun: training steps on sharded layers equal those of one process. Prints "equal" on success.
 
-    torchrun --nproc-per-node 2 sharded_step.py block|layer|attention [dora] [dropout]
+torchrun --nproc-per-node 2 sharded_step.py block|layer|attention [dora] [dropout]
 """
 
 import copy

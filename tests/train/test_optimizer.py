@@ -27,7 +27,14 @@ def checkpointed_groups(folder: Path) -> list[dict[str, Any]]:
 def test_it_learns_and_a_resumed_run_ends_where_an_uninterrupted_one_does(
     chat_model: Path, rows_file: Path, tmp_path: Path, optimizer: str, lora: dict
 ) -> None:
-    said = {"optimizer": optimizer, "save_every": 2, "warmup": 3, "weight_decay": 0.1, "lora": lora}
+    said = {
+        "optimizer": optimizer,
+        "save_every": 2,
+        "warmup": 3,
+        "weight_decay": 0.1,
+        "lora": lora,
+        "group_by_length": False,
+    }
     whole = train(settings(chat_model, rows_file, tmp_path / "whole", **said))
     assert [step for step, _ in whole.losses] == [1, 2, 3, 4]
     assert whole.losses[-1][1] < whole.losses[0][1]

@@ -152,6 +152,15 @@ def test_other_settings_are_refused_and_listed(chat_model: Path, rows_file: Path
     assert (half / "run.yaml").read_bytes() == before
 
 
+def test_a_run_from_before_rows_were_grouped_goes_on_ungrouped(chat_model: Path, rows_file: Path, half: Path) -> None:
+    record = half / "run.yaml"
+    text = record.read_text()
+    record.write_text(text.replace("  group_by_length: true\n", ""))
+    assert record.read_text() != text
+    with pytest.raises(RunError, match="group_by_length was false, is now true"):
+        train(settings(chat_model, rows_file, half, save_every=2, resume=True))
+
+
 def test_other_data_is_refused(chat_model: Path, rows_file: Path, half: Path, tmp_path: Path) -> None:
     lines = rows_file.read_text().splitlines(keepends=True)
     rows_file.write_text("".join(reversed(lines)))

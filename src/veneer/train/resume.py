@@ -18,6 +18,7 @@ from veneer.storage.write import write_file
 from veneer.train.run_file import load
 from veneer.train.settings import RunConfig
 
+FORMERLY = ("training.group_by_length=false",)  # what a run did before it could be set
 SETTINGS_FILE, DATA_FILE, LOG_FILE, CHECKPOINTS = "run.yaml", "data.json", "log.jsonl", "checkpoints"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 MAY_DIFFER = {  # the data is compared by what it holds, not by where it lies; the output is where we look
@@ -117,7 +118,7 @@ def refuse_changes(output: Path, settings: RunConfig, data: Fingerprint) -> None
                 f"training.resume=true needs {output / name}, which says what the checkpoints were made with. "
                 "Start anew with overwrite=true instead."
             )
-    before, now = _flat(load(output / SETTINGS_FILE)), _flat(settings)
+    before, now = _flat(_as_recorded(output / SETTINGS_FILE)), _flat(settings)
     may_differ = MAY_DIFFER | ({*PORTIONS} if _rows_a_step(before) == _rows_a_step(now) else set())
     differences = [
         f"{key} was {_shown(before[key])}, is now {_shown(now[key])}"
@@ -132,6 +133,12 @@ def refuse_changes(output: Path, settings: RunConfig, data: Fingerprint) -> None
                 [*differences, "Set them back, or start anew with overwrite=true or another output."],
             )
         )
+
+
+def _as_recorded(file: Path) -> RunConfig:
+    """The settings that OUTPUT/run.yaml says; what was no setting yet when it was written has the value it had then."""
+    text = file.read_text(encoding="utf-8-sig")
+    return load(file, [line for line in FORMERLY if line.partition("=")[0].rpartition(".")[2] not in text])
 
 
 def _read_fingerprint(file: Path) -> Fingerprint:
