@@ -388,7 +388,7 @@ def test_loading_reads_the_file_once_and_initialises_nothing(folder, monkeypatch
     assert set(counted.calls.values()) == {0}
 
 
-def test_saving_flushes_three_files_and_two_folders_and_parses_one_header(tmp_path, monkeypatch):
+def test_saving_flushes_three_files_and_two_folders_once_and_reads_no_weights_back(tmp_path, monkeypatch):
     import os
 
     from veneer.model import card
@@ -396,11 +396,16 @@ def test_saving_flushes_three_files_and_two_folders_and_parses_one_header(tmp_pa
 
     model = veneer.get_peft_model(tiny.llama(), veneer.LoraConfig(**FIELDS))
     counted = Counted(monkeypatch)
-    for module, name in ((os, "fsync"), (adapter_file, "read_header"), (card, "read_weights_header")):
+    counted.watch(os, "fsync")
+    for module, name in (
+        (adapter_file, "read_header"),
+        (adapter_file, "read_values"),
+        (card, "read_weights_header"),
+    ):
         counted.watch(module, name)
     model.save_pretrained(tmp_path / "a")
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, WEIGHTS]
-    assert counted.calls == {"fsync": 5, "read_header": 1, "read_weights_header": 0}
+    assert counted.calls == {"fsync": 5, "read_header": 0, "read_values": 0, "read_weights_header": 0}
 
 
 def test_loading_and_saving_look_at_no_parameter_of_other_adapters(folder, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -225,7 +226,7 @@ def test_files_without_a_checksum_are_read(tmp_path):
 # Writing
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_what_is_written_is_read(tmp_path):
     folder = written(tmp_path / "deep" / "a", config='{"r": 2}', metadata={"note": "x"})
     assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     assert read_config(folder) == {"r": 2}
@@ -275,29 +276,40 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     assert (tmp_path / "a").read_text() == "mine"
 
 
-def test_a_disk_that_changes_what_is_written_is_noticed(tmp_path, monkeypatch):
-    import safetensors.torch
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_disk_that_fails_when_it_is_flushed_is_an_error_of_ours(tmp_path, monkeypatch, n):
+    before = {file.name: file.read_bytes() for file in written(tmp_path / "a").iterdir()}
+    real, calls = os.fsync, []
 
-    real = safetensors.torch.save_file
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == n:
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
 
-    def careless(tensors, file, metadata):
-        real({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata=metadata)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(AdapterFileError, match=r"Not saved to .*a: Input/output error"):
+        written(tmp_path / "a", {"other": torch.ones(3)})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before
 
-    monkeypatch.setattr(safetensors.torch, "save_file", careless)
-    with pytest.raises(AdapterFileError, match="checksum differs"):
-        written(tmp_path / "a")
+
+def test_a_full_disk_is_an_error_of_ours(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = {f"{i}": torch.ones(5000) for i in range(5)}
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as if no more were free
+        with pytest.raises(AdapterFileError, match=r"Not saved to .*a: File too large"):
+            written(tmp_path / "a", tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_an_error_of_ours(tmp_path, monkeypatch):
-    import safetensors.torch
-
-    def full(*args, **kwargs):
-        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(AdapterFileError, match="Not saved to .*No space left on device"):
-        written(tmp_path / "a")
+def test_a_dtype_that_files_do_not_have_is_named(tmp_path):
+    with pytest.raises(AdapterFileError, match="cannot hold a: safetensors files have no torch.complex128"):
+        written(tmp_path / "a", {"a": torch.ones(2, dtype=torch.complex128)})
     assert list(tmp_path.iterdir()) == []
 
 

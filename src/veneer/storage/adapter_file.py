@@ -6,7 +6,6 @@ No pickle: `adapter_model.bin` is refused.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterFileError, bullet_list, shortened
 from veneer.storage.header import Header, read_header
-from veneer.storage.values import bytes_of, holds, read_values
+from veneer.storage.values import bytes_of, read_values, write_values
 from veneer.storage.write import write_folder
 
 if TYPE_CHECKING:
@@ -125,14 +124,10 @@ def check_integrity(folder: Path, header: Header, tensors: Mapping[str, "Tensor"
     """Compare the tensors with the checksum the file carries, if it carries one. Raises AdapterFileError."""
     recorded = header.metadata.get("sha256")
     if recorded is not None and len(tensors) == len(header.tensors) and recorded != checksum(tensors):
-        raise _changed(folder)
-
-
-def _changed(folder: Path) -> AdapterFileError:
-    return AdapterFileError(
-        f"{Path(folder) / WEIGHTS_FILE} was changed after it was written: its checksum differs. "
-        "Copy or download it again."
-    )
+        raise AdapterFileError(
+            f"{Path(folder) / WEIGHTS_FILE} was changed after it was written: its checksum differs. "
+            "Copy or download it again."
+        )
 
 
 def checksum(tensors: Mapping[str, "Tensor"]) -> str:
@@ -141,7 +136,7 @@ def checksum(tensors: Mapping[str, "Tensor"]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(bytes_of(tensor).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -153,7 +148,10 @@ def write_adapter(
     metadata: Mapping[str, str] | None = None,
     beside: Callable[[Path, Header], None] | None = None,
 ) -> None:
-    """Write both files in one step and read them back before they count.
+    """Write both files in one step, once they are on the disk.
+
+    They are not read back: what was just written would come from memory, not from the disk. A disk that fails says so
+    when the files are flushed to it, and what it damages later is found by the checksum when the adapter is loaded.
 
     beside  called with the folder that holds them and is about to take the old one's place, to add files of its own,
             and with the header of the weights
@@ -162,9 +160,6 @@ def write_adapter(
     older adapter goes, because readers would find two. Raises AdapterFileError if a value is not finite or not there,
     or if the files cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     from veneer.functional.finite import not_finite
 
     if absent := [name for name, tensor in tensors.items() if tensor.is_meta]:
@@ -177,37 +172,23 @@ def write_adapter(
         raise AdapterFileError(
             bullet_list(f"Not saved to {folder}: these tensors hold NaN or infinity:", shortened(broken))
         )
-    plain = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    notes = {"format": "pt", "sha256": checksum(plain), **(metadata or {})}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seal = ("sha256", 64, lambda: checksum(plain))
 
     def fill(stage: Path) -> None:
-        try:
-            save_file(plain, str(stage / WEIGHTS_FILE), metadata=notes)
-        except SafetensorError as error:
-            raise AdapterFileError(f"Not saved to {folder}: {error}") from None
+        header = write_values(stage / WEIGHTS_FILE, plain, metadata or {}, seal=seal)
         (stage / CONFIG_FILE).write_text(config_json, encoding="utf-8")
-        header = read_weights_header(stage)
-        if header.metadata != notes or not holds(stage / WEIGHTS_FILE, header, plain):
-            raise _changed(stage)
-        if (stage / CONFIG_FILE).read_text(encoding="utf-8") != config_json:
-            raise AdapterFileError(f"Not saved to {folder}: the disk returned something other than what was written.")
         if beside is not None:
             beside(stage, header)
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise AdapterFileError(f"{folder} is a file; an adapter is saved to a folder.")
-    write_folder(folder, fill)
-    (folder / PICKLE_FILE).unlink(missing_ok=True)
-
-
-def _apart(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """The tensors, copied where two are views of one memory, which safetensors refuses to write."""
-    memory = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-    return {
-        name: tensor.clone() if memory[tensor.untyped_storage().data_ptr()] > 1 else tensor
-        for name, tensor in tensors.items()
-    }
+    try:
+        write_folder(folder, fill)
+        (folder / PICKLE_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise AdapterFileError(f"Not saved to {folder}: {error.strerror or error}") from error
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked without torch and without the tensors.
+"""The header of a safetensors file, read, checked and made without torch and without the tensors.
 
 Layout: 8 bytes little-endian header length, that many bytes of JSON `{name: {dtype, shape, data_offsets}}`, the data.
 """
@@ -66,6 +66,17 @@ def read_header(file: Path) -> Header:
     tensors = {name: _tensor_info(file, name, entry) for name, entry in entries.items()}
     _check_extent(file, tensors, size - 8 - length)
     return Header(tensors, metadata, 8 + length)
+
+
+def packed_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The header as it stands in a file, before the tensors; padded, so that they begin at a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    for name, info in tensors.items():
+        place = (info.start, info.start + info.nbytes)
+        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": place}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _refuse_impostors(file: Path, start: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from veneer.errors import AdapterFileError, bullet_list
 from veneer.storage.header import read_header
+from veneer.storage.values import write_values
 from veneer.storage.write import fill_file
 
 if TYPE_CHECKING:
@@ -24,13 +25,11 @@ def is_written(file: str | Path | None) -> bool:
 
 def write_measured(file: str | Path, tensors: Mapping[str, "Tensor"], *, notes: Mapping[str, str]) -> None:
     """Write the tensors in one step; folders are made. Raises AdapterFileError if the file cannot be written."""
-    from safetensors.torch import save_file
-
     path = Path(file)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fill_file(path, lambda stage: save_file(plain, str(stage), metadata={"format": "pt", **notes}))
+        fill_file(path, lambda stage: write_values(stage, plain, notes))
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be written: {error.strerror or error}") from None
 

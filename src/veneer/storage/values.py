@@ -1,14 +1,15 @@
-"""The values in a safetensors file, read into memory of their own.
+"""The values in a safetensors file, read into memory of their own, and written from the memory they are in.
 
 A tensor that was read shares no memory with the file, so whoever writes to the file later changes nothing here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterFileError
-from veneer.storage.header import Header
+from veneer.storage.header import Header, TensorInfo, packed_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ def _read_each(file: Path, header: Header, names: Iterable[str]) -> Iterator[tup
     """(name, tensor) of each, in the file's order, so that it is read from front to back."""
     import torch
 
-    dtypes = {word: getattr(torch, name) for word, name in _TORCH_NAMES.items() if hasattr(torch, name)}
+    dtypes = _dtypes()
     try:
         with file.open("rb", buffering=0) as stream:
             place = 0
@@ -56,28 +57,59 @@ def _fill(stream: Any, buffer: memoryview) -> None:
         done += count
 
 
-def bytes_of(tensor: "Tensor") -> "Tensor":
-    """The bytes of a contiguous tensor on the CPU, in one dimension, without a copy."""
+def write_values(
+    file: Path,
+    tensors: Mapping[str, "Tensor"],
+    notes: Mapping[str, str],
+    *,
+    seal: tuple[str, int, Callable[[], str]] | None = None,
+) -> Header:
+    """Write a new file that holds these tensors, contiguous and on the CPU, without a copy; returns its header.
+
+    notes  the metadata, besides `format`
+    seal   (key, length, f): one more note, whose text of this length f() finds while the values are written
+
+    Tensors that share memory are written one by one. Raises OSError, and AdapterFileError for a dtype that such files
+    do not have.
+    """
+    infos = _laid_out(file, tensors)
+    with ThreadPoolExecutor(1) as beside:
+        metadata = {"format": "pt", **notes}
+        if seal is not None:
+            key, length, find = seal
+            metadata[key], found = " " * length, beside.submit(find)
+        packed = packed_header(infos, metadata)
+        with file.open("xb") as stream:
+            stream.write(packed)
+            for name in infos:
+                stream.write(bytes_of(tensors[name]))
+            if seal is not None:
+                metadata[key] = found.result()
+                stream.seek(0)
+                stream.write(packed_header(infos, metadata))
+    return Header(infos, metadata, len(packed))
+
+
+def _laid_out(file: Path, tensors: Mapping[str, "Tensor"]) -> dict[str, TensorInfo]:
+    """Where each tensor goes: the widest numbers first, so that each begins at a multiple of its own width."""
+    infos: dict[str, TensorInfo] = {}
+    start, words = 0, {dtype: word for word, dtype in _dtypes().items()}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        if (word := words.get(tensor.dtype)) is None:
+            raise AdapterFileError(f"{file} cannot hold {name}: safetensors files have no {tensor.dtype}.")
+        infos[name] = TensorInfo(word, tuple(tensor.shape), tensor.nbytes, start)
+        start += tensor.nbytes
+    return infos
+
+
+def _dtypes() -> dict[str, Any]:
     import torch
 
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    return {word: getattr(torch, name) for word, name in _TORCH_NAMES.items() if hasattr(torch, name)}
 
 
-def holds(file: Path, header: Header, tensors: Mapping[str, "Tensor"]) -> bool:
-    """Whether a file holds just these tensors, bit for bit; they are contiguous and on the CPU."""
-    if header.tensors.keys() != tensors.keys():
-        return False
-    read = _read_each(file, header, tensors)
-    return all(
-        there.dtype == tensors[name].dtype and there.shape == tensors[name].shape and _equal(there, tensors[name])
-        for name, there in read
-    )
-
-
-def _equal(one: "Tensor", other: "Tensor") -> bool:
+def bytes_of(tensor: "Tensor") -> Any:
+    """The bytes of a contiguous tensor on the CPU as a buffer, without a copy."""
     import torch
 
-    one, other = bytes_of(one), bytes_of(other)
-    if len(one) % 8 == 0 and other.storage_offset() % 8 == 0 and other.data_ptr() % 8 == 0:  # eight at a time
-        one, other = one.view(torch.int64), other.view(torch.int64)
-    return torch.equal(one, other)
+    return (tensor if tensor.dim() else tensor.reshape(1)).detach().view(torch.uint8).numpy()
