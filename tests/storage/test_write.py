@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,21 @@ def test_a_death_at_any_step_leaves_the_old_files_or_the_new(deaths, mode):
 
 def test_without_an_exchange_there_is_a_moment_without_a_folder(deaths):
     assert [run["after"] for run in deaths["aside"]].count(None) == 1
+
+
+def test_files_are_flushed_together_and_before_the_folder_counts(folder, monkeypatch):
+    all_at_once, real, after = threading.Barrier(3, timeout=20), os.fsync, []
+
+    def fsync(descriptor):
+        if not after and content(folder) == OLD:
+            all_at_once.wait()  # passes when the new files and their folder wait together
+        else:
+            after.append(content(folder))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_folder(folder, fill_new)
+    assert after == [NEW]  # the parent, once
 
 
 # Stages of dead processes

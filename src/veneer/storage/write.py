@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     with _staged(folder, place) as stage:
         fill(stage)
         _give_usual_modes(stage)
-        for file in stage.rglob("*"):
-            _sync(file)
+        new = list(stage.rglob("*"))
         if not whole:
+            _sync_all(new)
             for file in sorted(stage.iterdir()):
                 file.replace(folder / file.name)
             _sync_folder(folder)
@@ -67,7 +68,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         if folder.exists():
             _link_the_rest(folder, stage)
             shutil.copymode(folder, stage)
-        _sync_folder(stage)
+        _sync_all([*new, stage])
         _swap(stage, folder)
         _sync_folder(folder.parent)
 
@@ -185,6 +186,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_all(paths: Sequence[Path]) -> None:
+    """Flush files and folders at once: each waits for the disk, which takes them together."""
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda path: (_sync_folder if path.is_dir() else _sync)(path), paths))
 
 
 def _sync_folder(folder: Path) -> None:
