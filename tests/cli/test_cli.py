@@ -301,7 +301,7 @@ def test_inspect_is_short_and_whole_in_a_narrow_terminal(
     assert cli("train", run_yaml, "lora.modules_to_save=[lm_head]")[0] == 0
     out = cli("inspect", tmp_path / "out" / "adapter")[1]
     assert " KiB" in out
-    assert "sha256" not in out
+    assert "crc32" not in out
     assert "trained_with" not in out
     assert "base_model.model" not in out
     assert "lm_head.weight (whole)" in out

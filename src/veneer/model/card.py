@@ -14,7 +14,7 @@ from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.card_loading import how_to_load
 from veneer.model.contents import Contents, contents_of, scale_of
-from veneer.storage.adapter_file import read_config, read_weights_header
+from veneer.storage.adapter_file import CHECKSUM, read_config, read_weights_header
 from veneer.storage.card import CARD_FILE, may_be_written, read_card, section, updated, with_metadata
 from veneer.storage.header import Header
 from veneer.storage.hub import is_hub_id
@@ -97,7 +97,7 @@ def write_card(
         return
     described = folder / adapters[0]
     config, header = read_config(described), read_weights_header(described) if header is None else header
-    of = header.metadata.get("sha256", "")[:16] or None
+    of = header.metadata.get(CHECKSUM)
     contents = contents_of(header.tensors, config)
     sections = {
         "adapter": section("adapter", what_it_is(config, contents, base, adapters)),

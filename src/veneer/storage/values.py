@@ -3,8 +3,7 @@
 A tensor that was read shares no memory with the file, so whoever writes to the file later changes nothing here.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,37 +56,27 @@ def _fill(stream: Any, buffer: memoryview) -> None:
         done += count
 
 
-def write_values(
-    file: Path,
-    tensors: Mapping[str, "Tensor"],
-    notes: Mapping[str, str],
-    *,
-    seal: tuple[str, int, Callable[[], str]] | None = None,
-) -> Header:
+def write_values(file: Path, tensors: Mapping[str, "Tensor"], notes: Mapping[str, str]) -> Header:
     """Write a new file that holds these tensors, contiguous and on the CPU, without a copy; returns its header.
 
     notes  the metadata, besides `format`
-    seal   (key, length, f): one more note, whose text of this length f() finds while the values are written
 
     Tensors that share memory are written one by one. Raises OSError, and AdapterFileError for a dtype that such files
     do not have.
     """
-    infos = _laid_out(file, tensors)
-    with ThreadPoolExecutor(1) as beside:
-        metadata = {"format": "pt", **notes}
-        if seal is not None:
-            key, length, find = seal
-            metadata[key], found = " " * length, beside.submit(find)
-        packed = packed_header(infos, metadata)
-        with file.open("xb") as stream:
-            stream.write(packed)
-            for name in infos:
-                stream.write(bytes_of(tensors[name]))
-            if seal is not None:
-                metadata[key] = found.result()
-                stream.seek(0)
-                stream.write(packed_header(infos, metadata))
+    infos, metadata = _laid_out(file, tensors), {"format": "pt", **notes}
+    packed = packed_header(infos, metadata)
+    with file.open("xb", buffering=0) as stream:
+        _write(stream, packed)
+        for name in infos:
+            _write(stream, bytes_of(tensors[name]))
     return Header(infos, metadata, len(packed))
+
+
+def _write(stream: Any, buffer: Any) -> None:
+    done, size = 0, memoryview(buffer).nbytes
+    while done < size:
+        done += stream.write(memoryview(buffer).cast("B")[done:] if done else buffer)
 
 
 def _laid_out(file: Path, tensors: Mapping[str, "Tensor"]) -> dict[str, TensorInfo]:
