@@ -92,6 +92,25 @@ def test_tensors_of_one_memory_are_written_each(tmp_path):
     }
 
 
+def test_a_note_that_is_found_while_the_disk_takes_the_values(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(values, "_FLUSHED_AT_ONCE", 1000)
+    monkeypatch.setattr(values, "start_flush", lambda descriptor, start, length: begun.append((start, length)))
+    tensors = {f"{i}": torch.full((100,), float(i)) for i in range(9)}
+
+    def find():
+        assert sum(length for _, length in begun) == (tmp_path / "a").stat().st_size
+        return "2.0"
+
+    header = write_values(tmp_path / "a", tensors, {"x": "1"}, seal=("sum", 3, find))
+    assert header == read_header(tmp_path / "a")
+    assert header.metadata == {"format": "pt", "x": "1", "sum": "2.0"}
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(tmp_path / "a").items())
+    ends = [0, *(start + length for start, length in begun)]
+    assert [start for start, _ in begun] == ends[:-1]
+    assert len(begun) > 3
+
+
 def test_nothing_is_copied_on_the_way_to_the_file(tmp_path, monkeypatch):
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(7).bfloat16(), "c": torch.tensor(1.0)}
     seen = []

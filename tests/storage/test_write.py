@@ -310,3 +310,13 @@ def test_the_stage_of_a_dead_process_is_swept_for_one_file_too(tmp_path):
 def test_exchange_says_whether_it_worked(tmp_path):
     (tmp_path / "a").mkdir()
     assert write._exchange(tmp_path / "a", tmp_path / "missing") is False
+
+
+def test_beginning_to_flush_is_possible_anywhere(tmp_path, monkeypatch):
+    with (tmp_path / "f").open("xb", buffering=0) as stream:
+        stream.write(b"x" * 10)
+        write.start_flush(stream.fileno(), 0, 10)
+        for function in (lambda: None, lambda: lambda *given: -1):  # another system, a file system that cannot
+            monkeypatch.setattr(write, "_sync_file_range", function)
+            write.start_flush(stream.fileno(), 0, 10)
+    assert (tmp_path / "f").read_bytes() == b"x" * 10

@@ -178,10 +178,10 @@ def write_adapter(
             bullet_list(f"Not saved to {folder}: these tensors hold NaN or infinity:", shortened(broken))
         )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    notes = {CHECKSUM: checksum(plain), **(metadata or {})}
+    seal = (CHECKSUM, 8, lambda: checksum(plain))
 
     def fill(stage: Path) -> None:
-        header = write_values(stage / WEIGHTS_FILE, plain, notes)
+        header = write_values(stage / WEIGHTS_FILE, plain, metadata or {}, seal=seal)
         (stage / CONFIG_FILE).write_text(config_json, encoding="utf-8")
         if beside is not None:
             beside(stage, header)

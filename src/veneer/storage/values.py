@@ -3,12 +3,13 @@
 A tensor that was read shares no memory with the file, so whoever writes to the file later changes nothing here.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterFileError
 from veneer.storage.header import Header, TensorInfo, packed_header
+from veneer.storage.write import start_flush
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ _TORCH_NAMES = {
     "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_FLUSHED_AT_ONCE = 16 << 20
 
 
 def read_values(file: Path, header: Header, names: Iterable[str]) -> dict[str, "Tensor"]:
@@ -56,20 +58,38 @@ def _fill(stream: Any, buffer: memoryview) -> None:
         done += count
 
 
-def write_values(file: Path, tensors: Mapping[str, "Tensor"], notes: Mapping[str, str]) -> Header:
+def write_values(
+    file: Path,
+    tensors: Mapping[str, "Tensor"],
+    notes: Mapping[str, str],
+    *,
+    seal: tuple[str, int, Callable[[], str]] | None = None,
+) -> Header:
     """Write a new file that holds these tensors, contiguous and on the CPU, without a copy; returns its header.
 
     notes  the metadata, besides `format`
+    seal   (key, length, f): one more note, whose text of this length f() finds while the disk takes the values
 
     Tensors that share memory are written one by one. Raises OSError, and AdapterFileError for a dtype that such files
     do not have.
     """
-    infos, metadata = _laid_out(file, tensors), {"format": "pt", **notes}
+    key, length, find = seal or ("", 0, str)
+    infos, metadata = _laid_out(file, tensors), {"format": "pt", **({key: " " * length} if seal else {}), **notes}
     packed = packed_header(infos, metadata)
     with file.open("xb", buffering=0) as stream:
         _write(stream, packed)
-        for name in infos:
+        flushed, place = 0, len(packed)
+        for name, info in infos.items():
             _write(stream, bytes_of(tensors[name]))
+            place += info.nbytes
+            if place - flushed >= _FLUSHED_AT_ONCE:
+                start_flush(stream.fileno(), flushed, place - flushed)
+                flushed = place
+        start_flush(stream.fileno(), flushed, place - flushed)
+        if seal:
+            metadata[key] = find()
+            stream.seek(0)
+            _write(stream, packed_header(infos, metadata))
     return Header(infos, metadata, len(packed))
 
 

@@ -12,12 +12,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 _STAGE = ".veneer-stage-"
 _ASIDE = "-old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -178,6 +180,24 @@ def _give_usual_modes(stage: Path) -> None:
     for file in stage.rglob("*"):
         if file.is_file():
             file.chmod(mode)
+
+
+def start_flush(descriptor: int, start: int, length: int) -> None:
+    """Let the disk begin with these bytes of a file that will be flushed, where the system can; waits for nothing."""
+    if (begin := _sync_file_range()) is not None:
+        begin(descriptor, start, length, _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        begin = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    begin.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return begin
 
 
 def _sync(path: Path) -> None:
