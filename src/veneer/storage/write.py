@@ -27,7 +27,7 @@ def write_file(path: Path, content: bytes) -> None:
     fill_file(path, lambda stage: _write_new(stage, content))
 
 
-def fill_file(path: Path, fill: Callable[[Path], None]) -> None:
+def fill_file(path: Path, fill: Callable[[Path], object]) -> None:
     """Put at `path`, in one step, what `fill(stage)` writes to a new file beside it. Follows no symbolic link."""
     _sweep(path, path.parent)
     stage = path.parent / _stage_name(path)
