@@ -54,6 +54,8 @@ def first_match(keys: Collection[str], path: str) -> str | None:
 
 def all_matches(keys: Collection[str], paths: Collection[str]) -> set[str]:
     """The pattern keys that match the end of any path, whichever come before them."""
+    if not keys:
+        return set()
     table = _table(tuple(keys))
     found = {table.keys[place] for path in paths for place in table.names_of(path)}
     return found | {key for _, key in table.expressions if any(matches_end(key, path) for path in paths)}

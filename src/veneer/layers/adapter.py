@@ -43,6 +43,12 @@ class Adapter(Resident):
     lora_dropout   where there is dropout, its probability: trainers switch it off in every `nn.Dropout` of a model
     """
 
+    kind: Kind
+    trained_scale: float
+    scale: Number
+    rule: str
+    frozen: tuple[str, ...]
+    casts_input: bool
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
@@ -64,19 +70,27 @@ class Adapter(Resident):
         frozen: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.kind = kind
-        self.trained_scale = scale
-        self.scale: Number = scale
-        self.dropout = dropout
-        self.rule = "add" if magnitude is None else "dora"
-        self.frozen = frozen
-        self.casts_input = True
-        self.lora_A = nn.Parameter(factors.A, requires_grad="A" not in frozen)
-        self.lora_B = nn.Parameter(factors.B, requires_grad="B" not in frozen)
-        self.register_parameter("lora_bias", None if bias is None else nn.Parameter(bias))
-        self.register_parameter("lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude))
-        self.register_buffer("start_A", None if start is None else start.A)
-        self.register_buffer("start_B", None if start is None else start.B)
+        # straight into torch's tables: assigned one by one, each value is looked at again, on thousands of layers
+        vars(self).update(
+            kind=kind,
+            trained_scale=scale,
+            scale=scale,
+            rule="add" if magnitude is None else "dora",
+            frozen=frozen,
+            casts_input=True,
+        )
+        self._parameters.update(
+            lora_A=nn.Parameter(factors.A, requires_grad="A" not in frozen),
+            lora_B=nn.Parameter(factors.B, requires_grad="B" not in frozen),
+            lora_bias=None if bias is None else nn.Parameter(bias),
+            lora_magnitude_vector=None if magnitude is None else nn.Parameter(magnitude),
+        )
+        self._buffers.update(
+            start_A=None if start is None else start.A,
+            start_B=None if start is None else start.B,
+        )
+        if dropout:
+            self.dropout = dropout
 
     @property
     def dropout(self) -> float:

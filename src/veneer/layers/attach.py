@@ -73,8 +73,9 @@ def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
     """
     if not isinstance(layer, Adapted):
         swap.lay_over(layer, Adapted, CHILD, Adapters(), route)
-    adapters: Any = layer.adapters
-    adapters[name] = adapter.train(layer.training)
+    layer._modules[CHILD]._modules[name] = (
+        adapter if adapter.training == layer.training else adapter.train(layer.training)
+    )
     route.may_train.add(name)
 
 

@@ -71,14 +71,14 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
-def introduce(model: nn.Module, paths: Iterable[str]) -> None:
-    """Tell the layers at these paths which of their neighbours read what they read."""
+def introduce(find: Callable[[str], nn.Module], paths: Iterable[str]) -> None:
+    """Tell the layers at these paths, where `find` finds modules, which of their neighbours read what they read."""
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in paths):
-        children = model.get_submodule(parent)._modules
+        children = find(parent)._modules
         crosses = parent.rpartition(".")[2] in _CROSS_ATTENTION
         for names in _READ_ONE_INPUT:
-            there: list[Layer] = [children.get(name) for name in names[crosses:]]
-            siblings = tuple(layer for layer in there if hasattr(layer, "adapters"))
+            there: list[Layer] = [layer for name in names[crosses:] if (layer := children.get(name)) is not None]
+            siblings = tuple(layer for layer in there if "adapters" in layer._modules)
             for layer in siblings:
                 vars(layer.adapters)[_SIBLINGS] = siblings
 

@@ -89,8 +89,8 @@ def lay_over(module: Layer, front: type[Front], child: str, table: nn.ModuleDict
     Raises AttachError as `check_forward` does.
     """
     check_forward(module)
-    setattr(module, child, table)
-    module._veneer_route = route
+    module._modules[child] = table
+    vars(module)["_veneer_route"] = route
     place(module, front)
 
 
@@ -131,6 +131,6 @@ def _change_class(module: Layer, cls: type[nn.Module]) -> None:
     """Swap the class, and bind the forward anew wherever the instance keeps the old class's."""
     held = vars(module)
     own = [name for name in ("forward", "_old_forward") if name in held and _is_own(module, held[name])]
-    module.__class__ = cls
+    object.__setattr__(module, "__class__", cls)  # torch's own looks whether it is a parameter
     for name in own:
         held[name] = MethodType(cls.forward, module)

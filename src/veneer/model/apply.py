@@ -16,7 +16,7 @@ from veneer.errors import AttachError, MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, shared_input, token_rows
 from veneer.layers.replication import replicated, replication_of
 from veneer.layers.stand_in import StandIns
-from veneer.layers.walk import finder
+from veneer.layers.walk import finder, modules_outside
 from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
 from veneer.model.invocation import follow_invocations
 from veneer.model.make import Made, first_rows, new_adapter, saved_adapter, tied_adapter
@@ -94,10 +94,10 @@ def _carry_out(
     model: nn.Module, todo: Plan, tensors: Mapping[str, Tensor] | None, float32: bool, generator: Generator | None
 ) -> None:
     name, overlay = todo.name, overlay_made_for(model)
-    with plain_base(model, overlay):
-        made = _made(model, todo, tensors, float32, generator)
-        rows = [(site, first_rows(model, site, float32=float32)) for site in todo.resolution.token_rows]
     first, find = not overlay.configs, finder(model)
+    with plain_base(model, overlay):
+        made = _made(model, find, todo, tensors, float32, generator)
+        rows = [(site, first_rows(model, site, float32=float32)) for site in todo.resolution.token_rows]
     try:
         for one in made:
             layer = find(one.site.path)
@@ -113,12 +113,12 @@ def _carry_out(
             for path in site.paths:
                 token_rows.keep_rows(find(path), name, trained, overlay.route)
         fused.follow_adapters(model)
-        shared_input.introduce(model, (one.site.path for one in made))
+        shared_input.introduce(find, (one.site.path for one in made))
     except BaseException:
         _take_off(model, name, todo.resolution)
         raise
     if first:
-        model.requires_grad_(False)
+        _freeze_base(model)
     if todo.resolution.biases:
         overlay.biases[name] = StandIns(model, todo.resolution.biases)
     bases = {f"{one.site.path}.{one.site.parameter}": one.base for one in made if one.base is not None}
@@ -138,6 +138,14 @@ def _carry_out(
     activate(model, (name,)) if first else _let_wait(model, overlay, name)
 
 
+def _freeze_base(model: nn.Module) -> None:
+    """Let nothing train but what adapters have, whose part `activate` decides."""
+    for _, module in modules_outside(model):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+
 def _let_wait(model: nn.Module, overlay: Overlay, name: str) -> None:
     """Let a new adapter neither act nor train. The others' gradients stay: who froze a part of one meant it."""
     for parameter in own_parameters(model, name):
@@ -148,11 +156,15 @@ def _let_wait(model: nn.Module, overlay: Overlay, name: str) -> None:
 
 
 def _made(
-    model: nn.Module, todo: Plan, tensors: Mapping[str, Tensor] | None, float32: bool, generator: Generator | None
+    model: nn.Module,
+    find: Callable[[str], nn.Module],
+    todo: Plan,
+    tensors: Mapping[str, Tensor] | None,
+    float32: bool,
+    generator: Generator | None,
 ) -> list[Made]:
     """The adapters of all sites. Raises ConfigError if the initialisation cannot start on one."""
     sites, config = [site for site in todo.resolution.sites if site.tied_to is None], todo.config
-    find = finder(model)
     if tensors is not None:
         made = [saved_adapter(find(site.path), site, config, tensors, float32=float32) for site in sites]
     else:

@@ -9,6 +9,7 @@ from torch import Generator, nn
 
 from veneer.config import LoraConfig, TaskType
 from veneer.errors import AdapterNameError, AttachError, ConfigError, VeneerWarning
+from veneer.layers.walk import modules_outside
 from veneer.model.apply import add_adapter
 from veneer.model.files import load_adapter
 from veneer.model.overlay import DEFAULT, overlay_of
@@ -141,7 +142,7 @@ class PeftModel(SavingMethods):
             model, adapter_name, folder, trainable=is_trainable, config=config, float32=autocast_adapter_dtype
         )
         facade = (task_class(loaded) if cls is PeftModel else cls)._over(model)
-        return facade if is_trainable else facade.eval()
+        return facade if is_trainable else _evaluating(facade)
 
     def load_adapter(
         self,
@@ -269,6 +270,14 @@ def teach_libraries() -> None:
     """Let the trainers of transformers and TRL know models with adapters (decision 0007)."""
     teach_trainer(PeftModel)
     teach_trl(PeftModel)
+
+
+def _evaluating(facade: "PeftModel") -> "PeftModel":
+    """The facade in evaluation. A model from `from_pretrained` is already, and its adapters are what their layers are."""
+    if any(module.training for _, module in modules_outside(facade.bare)):
+        return facade.eval()
+    facade.training = facade.base_model.training = False
+    return facade
 
 
 def _refuse_second_facade(model: nn.Module) -> None:

@@ -54,6 +54,7 @@ from veneer.storage.adapter_file import (
 from veneer.storage.header import Header
 from veneer.targets import Resolution, resolve
 from veneer.targets.saved import read_by_ending
+from veneer.targets.structure import Structure, structure_of
 
 NO_NOTES: Mapping[str, Any] = MappingProxyType({})
 
@@ -186,10 +187,11 @@ def load_adapter(
     header = read_weights_header(folder)
     check_config_belongs(folder, config, header)
     check_rank(folder, config, header)
-    renamed = _read_renamed(model, folder, config, header)
+    structure = structure_of(model)
+    renamed = _read_renamed(model, folder, config, header, structure)
     config = renamed.config if renamed else config
     config = _saved_as_in_peft(model, config, renamed.header if renamed else header)
-    todo = plan(model, name, config, strict=False)
+    todo = plan(model, name, config, strict=False, structure=structure)
     with replicated(model, todo.config.layer_replication):
         tensors = _checked_tensors(model, folder, todo.resolution, header, renamed=renamed)
         check_range(folder, tensors, saved_dtypes(model, todo.resolution, tensors, float32=float32))
@@ -220,16 +222,19 @@ def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[Lora
     header = read_weights_header(folder)
     check_config_belongs(folder, config, header)
     check_rank(folder, config, header)
-    renamed = _read_renamed(model, folder, config, header)
+    structure = structure_of(model)
+    renamed = _read_renamed(model, folder, config, header, structure)
     config = renamed.config if renamed else config
     config = _saved_as_in_peft(model, config, renamed.header if renamed else header)
-    resolution = resolve(model, config, strict=False)
+    resolution = resolve(model, config, strict=False, structure=structure)
     return config, resolution, _checked_tensors(model, folder, resolution, header, renamed=renamed)
 
 
-def _read_renamed(model: nn.Module, folder: Path, config: LoraConfig, header: Header) -> RenamedFile | None:
+def _read_renamed(
+    model: nn.Module, folder: Path, config: LoraConfig, header: Header, structure: Structure
+) -> RenamedFile | None:
     """The file with today's names if it was made for an older version of the model, with a warning; else None."""
-    renamed = read_renamed(model, folder, config, header)
+    renamed = read_renamed(model, folder, config, header, structure)
     if renamed is not None:
         warnings.warn(renamed.notice(folder, base_class(model).__name__), VeneerWarning, stacklevel=5)
     return renamed

@@ -1,6 +1,7 @@
 """What attaching an adapter would do, with every reason against it found before anything is done."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,18 +12,19 @@ from veneer.layers import attach, saved_module, token_rows
 from veneer.layers.attach import Adapted
 from veneer.layers.by_weight import ByWeight
 from veneer.layers.kinds import Layer
-from veneer.layers.replication import replicated, replication_of
+from veneer.layers.replication import Replication, replicated, replication_of
 from veneer.layers.route import BASE
 from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import Front, check_forward
 from veneer.layers.token_rows import has_rows
-from veneer.layers.walk import finder, modules_outside
+from veneer.layers.walk import modules_outside
 from veneer.layers.weights import STORES, is_offloaded, store_of
 from veneer.layers.weights.dense import DENSE
 from veneer.layers.weights.offloaded import brings_in_submodules
 from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
 from veneer.targets import Resolution, Site, TokenSite, resolve
+from veneer.targets.structure import Structure, structure_of
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -36,10 +38,13 @@ class Plan:
     resolution: Resolution
 
 
-def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True) -> Plan:
+def plan(
+    model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True, structure: Structure | None = None
+) -> Plan:
     """Resolve and check everything. Touches nothing.
 
-    strict  whether a setting that matches nothing is an error, or only a warning
+    strict     whether a setting that matches nothing is an error, or only a warning
+    structure  the model's, if it was looked at already
 
     Raises AdapterNameError, ConfigError, TargetError, AttachError, or MergeError for a weight that DoRA cannot read.
     """
@@ -51,8 +56,9 @@ def plan(model: nn.Module, name: str, config: LoraConfig, *, strict: bool = True
     if overlay is not None and overlay.route.in_weights:
         raise MergeError(f"Unmerge {', '.join(overlay.route.in_weights)} first: the weights are not the base's now.")
     stretches = _stretches(model, config, overlay)
-    with replicated(model, stretches):
-        return _plan(model, name, config, overlay, stretches, strict=strict)
+    with replicated(model, stretches) as stack:
+        structure = structure_of(model) if structure is None or isinstance(stack, Replication) else structure
+        return _plan(model, name, config, overlay, stretches, structure, strict=strict)
 
 
 def _plan(
@@ -61,16 +67,17 @@ def _plan(
     config: LoraConfig,
     overlay: Overlay | None,
     stretches: list[tuple[int, int]] | None,
+    structure: Structure,
     *,
     strict: bool,
 ) -> Plan:
     """The plan for a model whose layers are those that the adapter will lie on."""
-    resolution, find = resolve(model, config, strict=strict), finder(model)
+    resolution, find = resolve(model, config, strict=strict, structure=structure), structure.modules.__getitem__
     problems = [
         *(problem for path in resolution.saved for problem in _why_not_saved(find(path), path, overlay)),
         *(problem for site in resolution.sites for problem in _why_not_adapted(find(site.path), site, config)),
         *(problem for site in resolution.token_rows for problem in _why_no_rows(model, site)),
-        *_other_overlay(model, overlay, resolution),
+        *_other_overlay(find, overlay, resolution),
         *_clashes_of_bias(overlay, resolution),
         *_why_not_biases(model, resolution),
         *_brought_in_as_one(model, resolution),
@@ -229,9 +236,8 @@ def _why_no_rows(model: nn.Module, site: TokenSite) -> list[str]:
     return problems
 
 
-def _other_overlay(model: nn.Module, overlay: Overlay | None, resolution: Resolution) -> list[str]:
+def _other_overlay(find: Callable[[str], nn.Module], overlay: Overlay | None, resolution: Resolution) -> list[str]:
     """Adapters that were laid over a part of the model, or over a model this one is part of."""
-    find = finder(model)
     routes = {path: vars(find(path)).get("_veneer_route") for path in _paths(resolution)}
     mine = None if overlay is None else overlay.route
     strange = [path for path, route in routes.items() if route is not None and route is not mine]

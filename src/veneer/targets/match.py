@@ -19,7 +19,7 @@ from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.targets.findings import Findings
 from veneer.targets.layer_numbers import in_layers
 from veneer.targets.left_out import stacks, warn_of_stacks
-from veneer.targets.names import as_list, by_end, inside, named, selector
+from veneer.targets.names import as_list, by_name, inside, named, selector
 from veneer.targets.names_on_disk import names_on_disk
 from veneer.targets.parameters import (
     attention_sites,
@@ -61,15 +61,18 @@ class Resolution:
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def resolve(model: nn.Module, config: LoraConfig, *, strict: bool = True) -> Resolution:
+def resolve(
+    model: nn.Module, config: LoraConfig, *, strict: bool = True, structure: Structure | None = None
+) -> Resolution:
     """The sites, saved modules and biases that `config` means in `model`. Touches nothing.
 
+    structure  the model's, if it was looked at already
     strict  whether a setting that matches nothing is an error. An adapter file may name more than a model has: there
             it is a warning, as the tensors of the file say what must be found.
 
     Raises TargetError that lists everything that does not fit, with suggestions.
     """
-    structure, findings = structure_of(model), Findings()
+    structure, findings = structure or structure_of(model), Findings()
     save_names, saved = saved_modules(structure, config, findings)
     chosen = _excluded(structure, config, _targeted(structure, config, saved, findings), findings)
     ties = ties_of(model, structure)
@@ -115,7 +118,7 @@ def _targeted(structure: Structure, config: LoraConfig, saved: list[str], findin
         return chosen
     selects = selector(target)
     found = [path for path in structure.modules if selects(path)]
-    meant = by_end(found)
+    meant = {} if isinstance(target, str) else by_name(target, found)
     for name in as_list(target):
         mine = found if isinstance(target, str) else meant.get(name)
         if not mine:
@@ -140,7 +143,7 @@ def _excluded(structure: Structure, config: LoraConfig, chosen: list[str], findi
     if config.target_modules in (None, ALL_LINEAR):  # which leaves them out anyway: here it shows that this is meant
         candidates += dict.fromkeys(name.rpartition(".")[0] for name in stacks(structure))
     drops = selector(exclude)
-    meant = by_end(candidates)
+    meant = {} if isinstance(exclude, str) else by_name(exclude, candidates)
     for name in as_list(exclude):
         if not (any(map(drops, candidates)) if isinstance(exclude, str) else name in meant):
             findings.idle.append(

@@ -19,21 +19,28 @@ def selector(choice: list[str] | str) -> Callable[[str], bool]:
     """The test whether a path is meant by a list of names, or by a regular expression."""
     if isinstance(choice, str):
         return lambda path: matches(choice, path)
-    names = frozenset(choice)
-    return lambda path: not names.isdisjoint(ends_of(path))
+    names, ends = frozenset(choice), _ends_like(choice)
+    return lambda path: not names.isdisjoint(ends(path))
 
 
-def by_end(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The paths by each of their ends at dots: what `named` says of many names and many paths.
+def by_name(names: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
+    """The paths that each of these names means, if any: what `named` says of many names and many paths.
 
-    >>> by_end(["0.q_proj", "1.q_proj"])["q_proj"]
-    ['0.q_proj', '1.q_proj']
+    >>> by_name(["q_proj", "k_proj"], ["0.q_proj", "1.q_proj"])
+    {'q_proj': ['0.q_proj', '1.q_proj']}
     """
-    found: dict[str, list[str]] = {}
+    asked, found = frozenset(names), {}
+    ends = _ends_like(asked)
     for path in paths:
-        for end in ends_of(path):
-            found.setdefault(end, []).append(path)
+        for end in ends(path):
+            if end in asked:
+                found.setdefault(end, []).append(path)
     return found
+
+
+def _ends_like(names: Iterable[str]) -> Callable[[str], Iterable[str]]:
+    """What ends of a path may be one of these names: its last part alone, where no name has a dot."""
+    return ends_of if any("." in name for name in names) else lambda path: (path[path.rfind(".") + 1 :],)
 
 
 def inside(path: str, roots: Iterable[str]) -> bool:

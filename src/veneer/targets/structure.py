@@ -100,13 +100,16 @@ def _bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _readers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
     """The class that reads the weights of a module, or of one that it is in, by the module's path."""
     found: dict[str, str] = {}
+    reading: dict[type, list[tuple[str, tuple[str, ...] | None]]] = {}  # of a class: (class it derives from, children)
     for path in modules:
         parent, _, name = path.rpartition(".")
         owner = type(modules.get(parent, model))
-        for cls, known in zip(owner.__mro__, class_names(owner), strict=True):
-            children = READERS.get(known, ())
+        if owner not in reading:
+            named = zip(owner.__mro__, class_names(owner), strict=True)
+            reading[owner] = [(cls.__name__, READERS[known]) for cls, known in named if known in READERS]
+        for word, children in reading[owner]:
             if children is None or name in children:
-                found[path] = cls.__name__
+                found[path] = word
                 break
         else:
             if parent in found:

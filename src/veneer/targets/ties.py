@@ -56,8 +56,8 @@ def ties_of(model: nn.Module, structure: Structure) -> list[Tie]:
         weight = module._parameters.get("weight")
         if weight is None or not isinstance(module, nn.Embedding | nn.Linear):
             continue
-        source = structure.modules.get(said.get(path, ""))
-        if is_offloaded(module) and source is not None and is_offloaded(source):
+        source = structure.modules.get(said[path]) if path in said else None
+        if source is not None and is_offloaded(module) and is_offloaded(source):
             weight = source._parameters["weight"]
         groups.setdefault(id(weight), []).append(path)
     main = input_embedding(model, structure)

@@ -51,7 +51,10 @@ def register_kind(cls: type[nn.Module], kind: Kind) -> None:
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of a layer, or None if no class it derives from is registered."""
-    return next((KINDS[name] for name in class_names(type(layer)) if name in KINDS), None)
+    for name in class_names(type(layer)):
+        if name in KINDS:
+            return KINDS[name]
+    return None
 
 
 __all__ = [

@@ -63,13 +63,17 @@ class RenamedFile:
         return bullet_list(headline, lines)
 
 
-def read_renamed(model: nn.Module, source: Path, config: LoraConfig, header: Header) -> RenamedFile | None:
+def read_renamed(
+    model: nn.Module, source: Path, config: LoraConfig, header: Header, structure: Structure | None = None
+) -> RenamedFile | None:
     """The file with today's names; None if it has them, or if nothing in it is known by a former name.
+
+    structure  the model's, if it was looked at already
 
     Raises AdapterFileError if some of its names are and others are not, or if the values cannot follow.
     """
     plain = {plain_name(key): info for key, info in header.tensors.items()}
-    structure = structure_of(model)
+    structure = structure or structure_of(model)
     known = Known(structure, model)
     read = any(_is_read(structure, config, key) for key in plain)
     if config.layer_replication or (all(map(known.has, plain)) and not read):
