@@ -48,6 +48,7 @@ PAST_INITS = ("orthogonal", "eva")
 OPTIONS_OF: Mapping[str, str] = {field: method for method, field in OPTIONS_FIELD.items()}
 # Fields that may change on a config in use, because no number depends on them.
 FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "task_type"})
+_OF_NO_LAYER = frozenset({"base_model_name_or_path", "revision", "inference_mode", "runtime_config"})
 # Fields that set how strongly an update acts, and what to do instead of changing them.
 _SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
 _BY_ITSELF = (
@@ -205,6 +206,15 @@ class LoraConfig:
             if name not in FREE and json.dumps(now, default=_as_json) != json.dumps(agreed, default=_as_json):
                 raise ConfigError(f"{name} was changed to {now!r} in place, but its adapter was made with {agreed!r}.")
 
+    def means_as(self, used: "LoraConfig") -> bool:
+        """Whether this says of a model's layers just what a config in use said when its adapter was made."""
+        agreed = used._agreed or {}
+        return all(
+            name in agreed and _as_text(name, getattr(self, name)) == _as_text(name, agreed[name])
+            for name in _field_names()
+            if name not in _OF_NO_LAYER
+        )
+
     def _as_arguments(self) -> dict[str, Any]:
         return {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
 
@@ -320,6 +330,12 @@ def _not_a_field(name: str, value: Any) -> str | None:
 def _as_json(value: Any) -> Any:
     """A sub-config or a task as JSON can hold it."""
     return value.to_dict() if isinstance(value, SubConfig) else str(value)
+
+
+def _as_text(name: str, value: Any) -> str:
+    """A field as text, the same where it means the same: the order of the keys of a pattern counts, of targets not."""
+    value = sorted(value) if name == "target_modules" and isinstance(value, list) else value
+    return json.dumps(value, default=_as_json)
 
 
 def _copied(value: Any) -> Any:

@@ -104,6 +104,19 @@ class Adapter(Resident):
         elif p:
             self.lora_dropout = nn.Dropout(p)
 
+    def become(self, *, scale: float, dropout: float, frozen: tuple[str, ...]) -> None:
+        """Take over what goes with other values."""
+        vars(self).update(trained_scale=scale, frozen=frozen)
+        self.rescale(scale)
+        if self.dropout != dropout:
+            self.dropout = dropout
+
+    def freeze(self) -> None:
+        """Let nothing here get gradients."""
+        for parameter in self._parameters.values() if not self._modules else self.parameters():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that train when the adapter does."""
         kept = [f"lora_{factor}" for factor in self.frozen]
@@ -134,7 +147,7 @@ class Adapter(Resident):
         if isinstance(self.scale, Tensor):
             self.scale.fill_(scale)
         else:
-            self.scale = scale
+            vars(self)["scale"] = scale
 
     def is_rescaled(self) -> bool:
         """Whether the factor in use is another than the one A and B were trained with."""

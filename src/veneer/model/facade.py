@@ -273,7 +273,7 @@ def teach_libraries() -> None:
 
 
 def _evaluating(facade: "PeftModel") -> "PeftModel":
-    """The facade in evaluation. A model from `from_pretrained` is already, and its adapters are what their layers are."""
+    """The facade in evaluation, where its model often is already; adapters are what their layers are."""
     if any(module.training for _, module in modules_outside(facade.bare)):
         return facade.eval()
     facade.training = facade.base_model.training = False

@@ -214,14 +214,22 @@ def read_checked(model: nn.Module, name: str, folder: Path) -> dict[str, Tensor]
     return split(_checked_tensors(model, folder, resolution, header, halves), halves, stack_sizes(resolution))
 
 
-def read_other(model: nn.Module, folder: Path, config: LoraConfig) -> tuple[LoraConfig, Resolution, dict[str, Tensor]]:
+def read_other(
+    model: nn.Module, name: str, folder: Path, config: LoraConfig
+) -> tuple[LoraConfig, Resolution, dict[str, Tensor]]:
     """The adapter in a folder: its config and what that means for this model, and its values, fully checked.
+
+    name  the adapter whose place it is to take: what the config means is known if it is that one's, and the file too
 
     Attaches nothing. Raises TargetError or AdapterFileError.
     """
     header = read_weights_header(folder)
     check_config_belongs(folder, config, header)
     check_rank(folder, config, header)
+    overlay = overlay_needed(model)
+    known = overlay.resolutions[name]
+    if config.means_as(overlay.configs[name]) and header.tensors.keys() == expected_tensors(model, known).keys():
+        return config, known, _checked_tensors(model, folder, known, header)
     structure = structure_of(model)
     renamed = _read_renamed(model, folder, config, header, structure)
     config = renamed.config if renamed else config

@@ -17,6 +17,7 @@ from veneer.config.init_names import FROZEN
 from veneer.errors import AttachError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on
+from veneer.layers.walk import finder
 from veneer.layers.weights import read
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
@@ -24,7 +25,7 @@ from veneer.model.overlay import DEFAULT, Overlay, adapted_part, adapters_by_sit
 from veneer.model.renamed.state import adapter_of_today
 from veneer.model.start import takes_off_its_start
 from veneer.model.state_dict import check_state, checked_values, with_prefix
-from veneer.model.tensors import adapter_tensors, check_range, copy_besides_factors, site_keys
+from veneer.model.tensors import besides_factors, check_range, copy_besides_factors, site_keys
 from veneer.storage.hub import adapter_folder
 from veneer.targets import Resolution, Site, resolve
 
@@ -59,7 +60,7 @@ def hotswap_adapter(
     part = adapted_part(model)
     _check_unmerged(part, adapter_name)
     config = config_in(folder)
-    config, resolution, tensors = read_other(part, folder, config)
+    config, resolution, tensors = read_other(part, adapter_name, folder, config)
     _swap(part, adapter_name, config, resolution, tensors)
 
 
@@ -128,7 +129,8 @@ def prepare_model_for_compiled_hotswap(
         raise AttachError(bullet_list(f"Cannot be padded to target_rank={target_rank}:", shortened(problems)))
     padded = [_padded(adapter, rank) for (_, adapter), rank in zip(adapters, wanted, strict=True)]
     for (_, adapter), values in zip(adapters, padded, strict=True):
-        _write(adapter, values)
+        with torch.no_grad():
+            _write(adapter, values)
         if not isinstance(adapter.scale, Tensor):
             adapter.scale = _as_tensor(adapter.scale, adapter.lora_A.device)
 
@@ -197,9 +199,9 @@ def _swap(
     part: nn.Module, name: str, config: LoraConfig, resolution: Resolution, tensors: Mapping[str, Tensor]
 ) -> None:
     """Write checked values over adapter `name`. Raises AttachError if they do not go with what is there."""
-    overlay = overlay_needed(part)
+    overlay, find = overlay_needed(part), finder(part)
     there = {_place(site): site for site in (*overlay.resolutions[name].sites, *overlay.idle.get(name, ()))}
-    adapters = {place: adapter_on(part.get_submodule(site.path), name, site.parameter) for place, site in there.items()}
+    adapters = {place: adapter_on(find(site.path), name, site.parameter) for place, site in there.items()}
     problems = [
         *_other_places(overlay, name, config, resolution, there),
         *(why for site in resolution.sites if _place(site) in there for why in _other_form(adapters, there, site)),
@@ -207,20 +209,18 @@ def _swap(
     if problems:
         headline = f"Adapter {name!r} cannot be swapped in place; load the new one under a name of its own:"
         raise AttachError(bullet_list(headline, shortened(problems)))
-    check_range(f"Adapter {name!r}", tensors, {key: own.dtype for key, own in adapter_tensors(part, name).items()})
+    check_range(f"Adapter {name!r}", tensors, _dtypes(part, name, adapters, resolution))
     written = {_place(site): _values(adapters[_place(site)], site, tensors) for site in resolution.sites}
     idle = tuple(site for place, site in there.items() if place not in written)
     written |= {_place(site): _silent(part, site, adapters[_place(site)]) for site in idle}
-    for place, values in written.items():
-        _write(adapters[place], values)
+    with torch.no_grad():
+        for place, values in written.items():
+            _write(adapters[place], values)
+    for adapter in adapters.values():
+        adapter.freeze()  # which of its factors train may differ; `follow_route` lets them
+    frozen = FROZEN.get(str(config.init_lora_weights), ())
     for site in resolution.sites:
-        adapter = adapters[_place(site)]
-        adapter.trained_scale, adapter.dropout = site.scale, site.dropout
-        adapter.rescale(site.scale)
-        adapter.requires_grad_(False)  # which of its factors train may differ; `follow_route` lets them
-        adapter.frozen = FROZEN.get(str(config.init_lora_weights), ())
-    for site in idle:
-        adapters[_place(site)].requires_grad_(False)
+        adapters[_place(site)].become(scale=site.scale, dropout=site.dropout, frozen=frozen)
     overlay.idle[name] = idle
     overlay.resolutions[name] = resolution
     overlay.configs[name] = config.changed(inference_mode=not overlay.trainable[name]).in_use(
@@ -230,6 +230,17 @@ def _swap(
     )
     copy_besides_factors(part, name, tensors)
     follow_route(part, overlay)
+
+
+def _dtypes(
+    part: nn.Module, name: str, adapters: Mapping[tuple[str, str], Adapter], new: Resolution
+) -> dict[str, torch.dtype]:
+    """The dtypes that new values get, by their names in an adapter file."""
+    dtypes = {key: value.dtype for key, value in besides_factors(part, name).items()}
+    for site in new.sites:
+        adapter = adapters[_place(site)]
+        dtypes |= {key: getattr(adapter, own).dtype for own, key in site_keys(site).items()}
+    return dtypes
 
 
 def _place(site: Site) -> tuple[str, str]:
@@ -271,13 +282,15 @@ def _other_form(
             problems.append(f"{new.path}: {word} is {mine} on the model, {theirs} in the new adapter")
     if adapter.start_A is not None:
         problems.append(f"{new.path}: the start of the adapter on the model was taken off the base")
+    if not _is_prepared(adapter):
+        return problems
     room = (adapter.lora_A.shape[0], adapter.lora_B.shape[1])
-    if _is_prepared(adapter) and (new.factors[0][0] > room[0] or new.factors[1][1] > room[1]):
+    if new.factors[0][0] > room[0] or new.factors[1][1] > room[1]:
         problems.append(
             f"{new.path}: rank {new.rank}, and the model is prepared for {room[0]}: call "
             f"prepare_model_for_compiled_hotswap(model, target_rank={new.rank}) before compiling"
         )
-    elif _is_prepared(adapter) and _in_blocks(new) and new.rank != old.rank:
+    elif _in_blocks(new) and new.rank != old.rank:
         problems.append(
             f"{new.path}: rank {new.rank}, and {old.rank} on the model: the factors of {new.kind.name} are in blocks, "
             "and padding those is not available"
@@ -307,12 +320,11 @@ def _silent(part: nn.Module, site: Site, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _write(adapter: Adapter, values: Mapping[str, Tensor]) -> None:
-    """Give parameters these values; one of another shape keeps its identity and loses its gradient."""
-    with torch.no_grad():
-        for name, value in values.items():
-            own: nn.Parameter = getattr(adapter, name)
-            if own.shape == value.shape:
-                own.copy_(value)
-            else:
-                own.data = value.clone()
-                own.grad = None
+    """Give parameters these values, without gradients; one of another shape keeps its identity and loses its own."""
+    for name, value in values.items():
+        own: nn.Parameter = getattr(adapter, name)
+        if own.shape == value.shape:
+            own.copy_(value)
+        else:
+            own.data = value.clone()
+            own.grad = None

@@ -173,10 +173,10 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             keys_of = site_keys(site)
             tensors[keys_of["lora_A"] + START] = adapter.start_A
             tensors[keys_of["lora_B"] + START] = adapter.start_B
-    return tensors | _besides_factors(model, name)
+    return tensors | besides_factors(model, name)
 
 
-def _besides_factors(model: nn.Module, name: str) -> dict[str, Tensor]:
+def besides_factors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Those of them that are no adapter's on a layer: modules trained in full, rows of embeddings, biases."""
     overlay, tensors = overlay_needed(model), {}
     for path, module in saved_modules(model, name):
@@ -228,7 +228,7 @@ def tensors_from_state(model: nn.Module, name: str, state: Mapping[str, Tensor])
 def copy_besides_factors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy those checked values into a new adapter whose layers were made with theirs."""
     with torch.no_grad():
-        for key, value in _besides_factors(model, name).items():
+        for key, value in besides_factors(model, name).items():
             value.copy_(tensors[key])
     stop_waiting(model, overlay_needed(model), name)
 
