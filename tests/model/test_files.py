@@ -388,6 +388,43 @@ def test_loading_reads_the_file_once_and_initialises_nothing(folder, monkeypatch
     assert set(counted.calls.values()) == {0}
 
 
+def test_loading_looks_at_the_model_once_and_swapping_by_the_same_settings_never(folder, tmp_path, monkeypatch):
+    from veneer.model import files, plan
+    from veneer.model.renamed import file
+    from veneer.targets import match
+
+    looks = []
+    real = files.structure_of
+    for module in (files, plan, file, match):
+        monkeypatch.setattr(module, "structure_of", lambda model: looks.append(model) or real(model))
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder)
+    assert len(looks) == 1
+    model.load_adapter(folder, "other")
+    assert len(looks) == 2
+    veneer.hotswap_adapter(model, folder, "other")
+    assert len(looks) == 2
+    edit_config(folder, lora_alpha=3)
+    veneer.hotswap_adapter(model, folder, "other")
+    assert len(looks) == 3
+    assert {site.alpha for site in model.bare._veneer_overlay.resolutions["other"].sites} == {3}
+
+
+def test_a_layer_gets_its_adapter_without_an_assignment_that_torch_looks_at(folder, monkeypatch):
+    base, seen = tiny.llama().eval(), []
+    real = torch.nn.Module.__setattr__
+
+    def noted(module, name, value):
+        seen.append((type(module).__name__, name))
+        real(module, name, value)
+
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", noted)
+    veneer.PeftModel.from_pretrained(base, folder)
+    outside = {"PeftModelForCausalLM", "LoraModel"}
+    inside = [(owner, name) for owner, name in seen if owner not in outside]
+    assert set(inside) == {("Adapter", "training")}  # in evaluation, as its layer
+    assert len(inside) == 4
+
+
 def test_saving_flushes_three_files_and_two_folders_once_and_reads_no_weights_back(tmp_path, monkeypatch):
     import os
 

@@ -73,9 +73,8 @@ def attach(layer: Layer, name: str, adapter: Adapter, route: Route) -> None:
     """
     if not isinstance(layer, Adapted):
         swap.lay_over(layer, Adapted, CHILD, Adapters(), route)
-    layer._modules[CHILD]._modules[name] = (
-        adapter if adapter.training == layer.training else adapter.train(layer.training)
-    )
+    table: Any = layer._modules[CHILD]
+    table._modules[name] = adapter if adapter.training == layer.training else adapter.train(layer.training)
     route.may_train.add(name)
 
 

@@ -227,9 +227,11 @@ def read_other(
     check_config_belongs(folder, config, header)
     check_rank(folder, config, header)
     overlay = overlay_needed(model)
-    known = overlay.resolutions[name]
-    if config.means_as(overlay.configs[name]) and header.tensors.keys() == expected_tensors(model, known).keys():
-        return config, known, _checked_tensors(model, folder, known, header)
+    if config.means_as(overlay.configs[name]):
+        known = overlay.resolutions[name]
+        expected = expected_tensors(model, known)
+        if header.tensors.keys() == expected.keys():
+            return config, known, _checked_tensors(model, folder, known, header, expected=expected)
     structure = structure_of(model)
     renamed = _read_renamed(model, folder, config, header, structure)
     config = renamed.config if renamed else config
@@ -256,13 +258,15 @@ def _checked_tensors(
     halves: Set[str] = frozenset(),
     *,
     renamed: RenamedFile | None = None,
+    expected: Mapping[str, Expected] | None = None,
 ) -> dict[str, Tensor]:
     """The values of a file that fits; those in `halves` hold a factor and its start.
 
-    renamed  the same file with today's names, if it has others
+    renamed   the same file with today's names, if it has others
+    expected  `expected_tensors` of the model, if they were made already
     """
     names = header if renamed is None else renamed.header
-    expected = joined_shapes(expected_tensors(model, resolution), halves)
+    expected = joined_shapes(expected_tensors(model, resolution) if expected is None else expected, halves)
     extra = [key for key in names.tensors if key not in expected]
     repeated = repeated_keys(model, resolution, names.tensors) if extra else {}
     repeated = {key: base for key, base in repeated.items() if key not in expected}

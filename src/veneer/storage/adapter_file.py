@@ -7,9 +7,8 @@ No pickle: `adapter_model.bin` is refused.
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from veneer.errors import AdapterFileError, bullet_list, shortened
 from veneer.storage.header import Header, read_header
@@ -72,8 +71,7 @@ def read_weights_header(folder: Path) -> Header:
     return read_header(file)
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """What a tensor of the file must be like. Counters, as batch norm has one, are not floating point."""
 
     shape: tuple[int, ...]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from veneer.errors import AdapterFileError
 
@@ -23,8 +24,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor as the header describes it: `dtype` in safetensors' words ("F32", "BF16"), size in bytes."""
 
     dtype: str
@@ -111,7 +111,7 @@ def _parse(file: Path, text: bytes) -> dict:
 
 def _tensor_info(file: Path, name: str, entry: object) -> TensorInfo:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
             numbers = [*shape, start, end]
             whole = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < MAX_BYTES
             if dtype in DTYPE_BYTES and whole and len(shape) <= MAX_DIMENSIONS:
