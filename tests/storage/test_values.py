@@ -137,3 +137,13 @@ def test_a_system_that_takes_a_part_at_a_time(tmp_path, monkeypatch):
     header = write_values(tmp_path / "a", tensors, {})
     assert read_header(tmp_path / "a") == header
     assert all(same(found, tensors[name]) for name, found in load_file(tmp_path / "a").items())
+
+
+@pytest.mark.parametrize("shape", [(24, 1), (1, 24), (1, 1), (3, 1, 5), ()])
+def test_a_dimension_of_size_1_may_have_any_stride(tmp_path, shape):
+    plain = torch.randn(shape, dtype=torch.float64)
+    strides = [99 if n == 1 else stride for n, stride in zip(shape, plain.stride(), strict=True)]
+    odd = plain.as_strided(shape, strides)
+    assert odd.is_contiguous()
+    write_values(tmp_path / "odd.safetensors", {"odd": odd}, {"format": "pt"})
+    assert torch.equal(load_file(tmp_path / "odd.safetensors")["odd"], odd)

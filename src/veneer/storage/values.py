@@ -121,4 +121,5 @@ def bytes_of(tensor: "Tensor") -> Any:
     """The bytes of a contiguous tensor on the CPU as a buffer, without a copy."""
     import torch
 
-    return (tensor if tensor.dim() else tensor.reshape(1)).detach().view(torch.uint8).numpy()
+    # in one dimension: where one has size 1, its stride may be anything, which `view` minds
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
