@@ -1,5 +1,8 @@
 """Walks past the adapters, and paths found again."""
 
+import gc
+import weakref
+
 import pytest
 from torch import nn
 
@@ -46,3 +49,15 @@ def test_every_path_is_found():
 def test_a_path_that_is_not_there_is_refused_as_by_torch():
     with pytest.raises(AttributeError, match="no attribute `nowhere`"):
         finder(tiny.llama())("model.nowhere")
+
+
+def test_what_found_modules_keeps_no_model_alive():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    find, gone = finder(model), weakref.ref(model)
+    assert find("0.0") is model[0][0]
+    gc.disable()
+    try:
+        del find, model
+        assert gone() is None
+    finally:
+        gc.enable()

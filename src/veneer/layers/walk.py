@@ -34,16 +34,21 @@ def finder(model: nn.Module) -> Callable[[str], nn.Module]:
 
     Raises AttributeError as that does.
     """
-    found = {"": model}
+    return _Finder(model)
 
-    def find(path: str) -> nn.Module:
-        module = found.get(path)
+
+class _Finder:
+    # no closure: one that calls itself is a cycle, which would keep the model until the next garbage collection
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found = {"": model}
+
+    def __call__(self, path: str) -> nn.Module:
+        module = self._found.get(path)
         if module is None:
             parent, _, name = path.rpartition(".")
-            module = find(parent)._modules.get(name)
+            module = self(parent)._modules.get(name)
             if module is None:  # reached by an attribute, or not there
-                module = model.get_submodule(path)
-            found[path] = module
+                module = self._model.get_submodule(path)
+            self._found[path] = module
         return module
-
-    return find

@@ -3,6 +3,7 @@
 Arguments: a folder, and "place" or "facade". Prints what there is to compare.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -72,3 +73,8 @@ found = {
 }
 if first.is_world_process_zero():
     print(json.dumps(found))
+sys.stdout.flush()
+if torch.distributed.is_initialized():  # gloo's threads may not outlive the interpreter, nor what they serve
+    del whole, first, again
+    gc.collect()
+    torch.distributed.destroy_process_group()
