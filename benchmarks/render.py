@@ -28,6 +28,8 @@ What Veneer costs beside PEFT, and beside the least that it could cost. The cont
 process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
 of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so.
+
+This is a first record: tests ran beside most of these measurements, and figures without a table here were not measured.
 """
 
 FOOT = """## Measure it yourself
