@@ -1,7 +1,7 @@
 """Figure 4, half: save, load, hotswap, merge and unmerge an adapter, against PEFT and the bare file.
 
 "file alone" is `safetensors.torch`: every tensor read into memory of its own, or written without a flush to disk.
-Veneer flushes what it saves, seals it with a checksum, and checks a file before it changes a model; PEFT does none of
+Veneer flushes what it saves, reads it back, and checks a file before it changes a model; PEFT does none of
 these.
 """
 

@@ -1,12 +1,14 @@
 import errno
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from veneer.errors import AdapterFileError
+from veneer.storage import adapter_file
 from veneer.storage.adapter_file import (
     CONFIG_FILE,
     PICKLE_FILE,
@@ -226,7 +228,7 @@ def test_files_without_a_checksum_are_read(tmp_path):
 # Writing
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_what_is_written_is_read_back(tmp_path):
     folder = written(tmp_path / "deep" / "a", config='{"r": 2}', metadata={"note": "x"})
     assert sorted(entry.name for entry in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     assert read_config(folder) == {"r": 2}
@@ -274,6 +276,37 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     with pytest.raises(AdapterFileError, match="is a file; an adapter is saved to a folder"):
         written(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_a_disk_that_changes_what_is_written_is_noticed(tmp_path, monkeypatch):
+    real = adapter_file.write_values
+
+    def careless(file, tensors, notes, **seal):
+        header = real(file, tensors, notes, **seal)
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            last = stream.read(1)
+            stream.seek(-1, os.SEEK_END)
+            stream.write(bytes([last[0] ^ 1]))
+        return header
+
+    monkeypatch.setattr(adapter_file, "write_values", careless)
+    with pytest.raises(AdapterFileError, match="checksum differs"):
+        written(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_checksum_of_an_earlier_version_is_compared_too(tmp_path, changed):
+    folder = written(tmp_path / "a")
+    header = read_weights_header(folder)
+    tensors = read_tensors(folder, header.tensors)
+    notes = {"format": "pt", "sha256": adapter_file._sha256(tensors)}
+    save_file({name: value + changed for name, value in tensors.items()}, folder / WEIGHTS_FILE, metadata=notes)
+    header = read_weights_header(folder)
+    assert "crc32" not in header.metadata
+    with pytest.raises(AdapterFileError, match="checksum differs") if changed else nullcontext():
+        check_integrity(folder, header, read_tensors(folder, header.tensors))
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -28,7 +28,7 @@ SHOWN_FIELDS = (
     "alora_invocation_tokens",
 )
 SHOWN_IF_SET = ("lora_bias", "ensure_weight_tying", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-OUR_METADATA = ("crc32", "veneer_trained_with")  # for the loader, which compares them
+OUR_METADATA = ("crc32", "sha256", "veneer_trained_with")  # for the loader, which compares them
 
 
 def inspect(

@@ -4,6 +4,7 @@ Reading happens in two steps: names, shapes and dtypes first (no torch), values 
 No pickle: `adapter_model.bin` is refused.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -121,8 +122,10 @@ def read_tensors(folder: Path, names: Iterable[str], header: Header | None = Non
 
 def check_integrity(folder: Path, header: Header, tensors: Mapping[str, "Tensor"]) -> None:
     """Compare the tensors with the checksum the file carries, if it carries one. Raises AdapterFileError."""
-    recorded = header.metadata.get(CHECKSUM)
-    if recorded is not None and len(tensors) == len(header.tensors) and recorded != checksum(tensors):
+    if len(tensors) != len(header.tensors):
+        return
+    recorded = {key: found for key, found in _CHECKSUMS.items() if key in header.metadata}
+    if any(header.metadata[key] != found(tensors) for key, found in recorded.items()):
         raise AdapterFileError(
             f"{Path(folder) / WEIGHTS_FILE} was changed after it was written: its checksum differs. "
             "Copy or download it again."
@@ -143,6 +146,19 @@ def checksum(tensors: Mapping[str, "Tensor"]) -> str:
     return f"{crc:08x}"
 
 
+def _sha256(tensors: Mapping[str, "Tensor"]) -> str:
+    """The checksum of files that earlier versions wrote: SHA-256 over the same."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+_CHECKSUMS = {CHECKSUM: checksum, "sha256": _sha256}
+
+
 def write_adapter(
     folder: Path,
     config_json: str,
@@ -151,10 +167,10 @@ def write_adapter(
     metadata: Mapping[str, str] | None = None,
     beside: Callable[[Path, Header], None] | None = None,
 ) -> None:
-    """Write both files in one step, once they are on the disk.
+    """Write both files in one step, read back and on the disk before they count.
 
-    They are not read back: what was just written would come from memory, not from the disk. A disk that fails says so
-    when the files are flushed to it, and what it damages later is found by the checksum when the adapter is loaded.
+    What is read back comes from memory if the disk is a local one. It finds what was written wrongly, here or by a file
+    system in between; what the disk damages later is found by the same checksum when the adapter is loaded.
 
     beside  called with the folder that holds them and is about to take the old one's place, to add files of its own,
             and with the header of the weights
@@ -179,7 +195,9 @@ def write_adapter(
     seal = (CHECKSUM, 8, lambda: checksum(plain))
 
     def fill(stage: Path) -> None:
-        header = write_values(stage / WEIGHTS_FILE, plain, metadata or {}, seal=seal)
+        write_values(stage / WEIGHTS_FILE, plain, metadata or {}, seal=seal)
+        header = read_weights_header(stage)
+        check_integrity(stage, header, read_values(stage / WEIGHTS_FILE, header, header.tensors))
         (stage / CONFIG_FILE).write_text(config_json, encoding="utf-8")
         if beside is not None:
             beside(stage, header)
