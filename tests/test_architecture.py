@@ -23,6 +23,7 @@ ROOMS = (
     ("targets",),
     ("model",),
     ("optimizers",),
+    ("distributed",),
     ("integrations",),
     ("as_peft",),
     ("train",),

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import veneer
+from veneer.distributed.gloo import wait_for_gloo
 
 
 class Attention(nn.Module):
@@ -85,6 +86,7 @@ def main(where: str, *words: str) -> None:
     dist.destroy_process_group()
     if rank == 0:
         print("equal")
+    wait_for_gloo()
 
 
 if __name__ == "__main__":

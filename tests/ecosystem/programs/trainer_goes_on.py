@@ -4,7 +4,6 @@ Arguments: a folder, and "place" or "facade". Prints what there is to compare.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 import tiny
 import veneer
+from veneer.distributed.gloo import wait_for_gloo
 
 FOLDER, DOOR = Path(sys.argv[1]), sys.argv[2]
 
@@ -73,7 +73,4 @@ found = {
 }
 if first.is_world_process_zero():
     print(json.dumps(found))
-sys.stdout.flush()
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # now and then gloo's threads abort an interpreter that ends beside them, when all is done
+wait_for_gloo()

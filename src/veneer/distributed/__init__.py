@@ -1,0 +1,1 @@
+"""Many processes: what a model spread over several devices needs."""
