@@ -114,8 +114,8 @@ def test_plain_lora_keeps_x_and_x_a_in_peft_and_no_more_in_veneer() -> None:
 
 @pytest.mark.slow
 def test_a_peak_is_that_of_one_step_alone() -> None:
-    size = {"shape": vars(SMOLLM2_LAYERS), "batch": 1, "tokens": 256, "method": "LoRA", "dropout": 0.0}
+    size = {"shape": vars(SMOLLM2_LAYERS), "batch": 1, "tokens": 16, "method": "LoRA", "dropout": 0.0}
     frozen, full = (peak_of("benchmarks.activation_memory:step_of", model=model, **size) for model in ("limit", "full"))
     gradients = 4 * SMOLLM2_LAYERS.layers * SMOLLM2_LAYERS.linear
-    assert full.step - frozen.step > 0.3 * gradients
+    assert full.step - frozen.step > 0.5 * gradients
     assert frozen.step < frozen.most

@@ -85,7 +85,4 @@ def test_trainer_warns_of_nothing_but_what_is_transformers_own(trainer):
 @needs_peft
 def test_trainer_does_what_it_does_with_peft(trainer, tmp_path):
     theirs = run("transformers_trainer.py", tmp_path, door="peft")
-    mine, theirs = shared(trainer), shared(theirs)
-    rough = {key: (mine.pop(key), theirs.pop(key)) for key in ("facade: best",)}  # so fast that rounding errors grow
-    assert not differences(mine, theirs)
-    assert not [line for one, other in rough.values() for line in differences(one, other, within=1e-2)]
+    assert not differences(shared(trainer), shared(theirs))
