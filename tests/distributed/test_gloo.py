@@ -10,9 +10,7 @@ from veneer.distributed import gloo
 def task(folder: Path, name: str, state: str, switches: int, thread: str = "pt_gloo_runloop") -> None:
     (folder / name).mkdir(exist_ok=True)
     whole = folder / name / "new"
-    whole.write_text(
-        f"Name:\t{thread}\nState:\t{state} (what it means)\nvoluntary_ctxt_switches:\t{switches}\n"
-    )
+    whole.write_text(f"Name:\t{thread}\nState:\t{state} (what it means)\nvoluntary_ctxt_switches:\t{switches}\n")
     whole.replace(folder / name / "status")  # at once, as the kernel's
 
 

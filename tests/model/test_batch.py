@@ -409,3 +409,38 @@ def test_compiled_in_one_piece():
         assert_close(compiled(x), model.bare(x))
     with overlay_needed(model.bare).route.serving(parts_of([None if name == BASE else name for name in names])):
         assert_close(compiled(x), model.bare(x))
+
+
+def test_every_thread_gets_the_adapters_that_it_asked_for():
+    model, x = llama(), tiny.ids()
+    asked = [["a"] * 3, ["a", "b", "c"], ["c", "__base__", "b"], None]
+    model.set_adapter("b")
+    given = [{} if names is None else {"adapter_names": names} for names in asked]
+    alone = [model(x, **more).logits for more in given]
+    found: list[list[torch.Tensor]] = [[] for _ in asked]
+    inside = threading.Barrier(len(asked))
+
+    def serve(which: int) -> None:
+        inside.wait()
+        for _ in range(20):
+            found[which].append(model(x, **given[which]).logits)
+
+    threads = [threading.Thread(target=serve, args=[which]) for which in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for logits, expected in zip(found, alone, strict=True):
+        assert len(logits) == 20
+        assert all(torch.equal(one, expected) for one in logits)
+
+
+def test_an_adapter_chosen_within_a_call_acts_after_it():
+    model, x = llama(), tiny.ids()
+    names = ["a", "b", "c"]
+    before = model(x, adapter_names=names).logits
+    handle = model.bare.model.layers[0].register_forward_hook(lambda *_: model.set_adapter("c"))
+    assert torch.equal(model(x, adapter_names=names).logits, before)
+    handle.remove()
+    assert model.active_adapters == ["c"]
+    assert torch.equal(model(x).logits, model(x, adapter_names=["c"] * 3).logits)

@@ -5,8 +5,9 @@ Shapes: N rows of a batch, T tokens; `...` any further dimensions.
 """
 
 import reprlib
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -161,14 +162,21 @@ class Prompt:
     generating: bool
 
 
+@dataclass
+class _Block:
+    """What one thread's layers read within `Route.following`."""
+
+    acting: tuple[str, ...]
+    plan: tuple[Step, ...]
+    thread: int | None
+
+
 class Route:
     """The adapters that act in the next forward pass, in order.
 
     active   the adapters that were chosen
     enabled  False while adapters are disabled
     merged   the adapters that are part of the weights just now, and so must not be added again
-    acting   what follows: the adapters whose effect the output has, added or merged
-    plan     and those of them that layers must add, each with its part of the batch
     standing the adapters whose biases or weights stand in the place of the base's just now
     invoked  the adapters that act from certain tokens on; the model's forward says where that is
     prompt   within a call of generate, or one with alora_offsets: where they start to act
@@ -186,8 +194,10 @@ class Route:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.merged: tuple[str, ...] = ()
-        self.acting: tuple[str, ...] = ()
-        self.plan: tuple[Step, ...] = ()
+        self._acting: tuple[str, ...] = ()
+        self._plan: tuple[Step, ...] = ()
+        self._block: _Block | None = None
+        self._one_block = threading.RLock()
         self.standing: tuple[str, ...] = ()
         self.invoked: frozenset[str] = frozenset()
         self.prompt: Prompt | None = None
@@ -196,6 +206,39 @@ class Route:
         self.replacing: frozenset[str] = frozenset()
         self.may_train: set[str] = set()
         self.merged_on: dict[str, int] = {}
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """The adapters whose effect the output has: as chosen, or as the block of this thread says."""
+        block = self._block_here()
+        return self._acting if block is None else block.acting
+
+    @property
+    def plan(self) -> tuple[Step, ...]:
+        """Those of them that layers must add, each with its part of the batch."""
+        block = self._block_here()
+        return self._plan if block is None else block.plan
+
+    @plan.setter
+    def plan(self, plan: tuple[Step, ...]) -> None:
+        block = self._block_here()
+        if block is None:
+            self._plan = plan
+        else:
+            block.plan = plan
+
+    def _block_here(self) -> _Block | None:
+        """The block that this thread is in. Compiled code has one thread, whose number it could not ask for."""
+        block = self._block
+        if block is None or torch.compiler.is_compiling() or block.thread in (None, threading.get_ident()):
+            return block
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_block", "_one_block")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _block=None, _one_block=threading.RLock())
 
     @property
     def in_weights(self) -> tuple[str, ...]:
@@ -227,8 +270,8 @@ class Route:
             self.active, self.asked = active, active if asked is None else asked
         self.enabled = self.enabled if enabled is None else enabled
         self.merged = self.merged if merged is None else merged
-        self.acting = (self.merged or self.active) if self.enabled else ()
-        self.plan = () if self.merged else tuple(map(self.step, self.acting))
+        self._acting = (self.merged or self.active) if self.enabled else ()
+        self._plan = () if self.merged else tuple(map(self.step, self._acting))
 
     def step(self, name: str, part: Part | None = None) -> Step:
         """An adapter's turn, on its part of the batch; on which tokens of it an invoked adapter acts is awaited."""
@@ -238,13 +281,19 @@ class Route:
 
     @contextmanager
     def following(self, acting: tuple[str, ...], plan: tuple[Step, ...]) -> Iterator[None]:
-        """Within the block, layers read these, whatever is chosen outside."""
-        outside = self.acting, self.plan
-        self.acting, self.plan = acting, plan
-        try:
-            yield
-        finally:
-            self.acting, self.plan = outside
+        """Within the block, layers called by this thread read these, whatever is chosen outside or meanwhile.
+
+        Another thread's block waits until this one ends; its calls outside a block read what is chosen.
+        """
+        compiling = torch.compiler.is_compiling()
+        alone: AbstractContextManager[Any] = nullcontext() if compiling else self._one_block
+        with alone:
+            outer = self._block
+            self._block = _Block(acting, plan, None if compiling else threading.get_ident())
+            try:
+                yield
+            finally:
+                self._block = outer
 
     @contextmanager
     def serving(self, parts: Mapping[str, Part]) -> Iterator[None]:
@@ -297,6 +346,8 @@ class RoutedCheckpoint:
                     "biases or weights of the base, so gradient checkpointing cannot compute the forward again: call "
                     "backward before that, or put things back first."
                 )
+            if (self.route.acting, self.route.plan) == (acting, plan):  # at forward time, so in the threads it has
+                return function(*inputs, **named)
             with self.route.following(acting, plan):
                 return function(*inputs, **named)
 

@@ -211,13 +211,12 @@ def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) ->
 @contextmanager
 def _standing_in(model: nn.Module, overlay: Overlay, names: tuple[str, ...]) -> Iterator[None]:
     """Within the block the base has the values that go with these adapters."""
-    with overlay.route.following(names, ()):
-        place_stand_ins(model, overlay)
-        try:
-            yield
-        finally:
-            overlay.route.set()
+    try:
+        with overlay.route.following(names, ()):
             place_stand_ins(model, overlay)
+            yield
+    finally:
+        place_stand_ins(model, overlay)
 
 
 def _check_merge(model: nn.Module, names: Sequence[str]) -> None:
