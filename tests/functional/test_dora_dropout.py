@@ -2,11 +2,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.functional.dora_dropout import can, dora_dropped, dora_dropped_plainly, pays
+from veneer.functional.dora_dropout import dora_dropped, dora_dropped_plainly, sparse_pays
 
 W = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SHAPES = {"x": (2, 5, 6), "bias": (4,), "A": (3, 6), "B": (4, 3), "g": (4,)}
 UPDATE = {"scale": 0.7, "p": 0.3, "seed": 5}
+
+
+@pytest.fixture(params=[True, False], ids=["sparse", "dense"], autouse=True)
+def products(request, monkeypatch):
+    monkeypatch.setitem(UPDATE, "sparse", request.param)
 
 
 def inputs(*, bias: bool = True) -> list[Tensor | None]:
@@ -74,13 +79,32 @@ def test_only_one_tensor_of_the_outputs_size_is_kept_and_no_mask():
     assert sorted(t.shape for t in own) == [(10, 3), (10, 4)]  # h and W drop(x)
 
 
-def test_where_it_pays():
+def test_bfloat16_is_as_near_to_float64_as_it_allows():
+    if UPDATE["sparse"]:
+        pytest.skip("sparse products are of float32 and float64")
+    given = [t.detach().float().requires_grad_(name != "x") for name, t in zip(SHAPES, inputs(), strict=True)]
+    x, bias = given[0].bfloat16().requires_grad_(), given[1].detach().bfloat16().requires_grad_()
+    low, low_W = [x, bias, *given[2:]], W.bfloat16()
+    exact = [t.detach().double().requires_grad_() for t in low]
+    true = dora_dropped_plainly(*exact, low_W.double(), **UPDATE)
+    found, plainly = dora_dropped(x, low_W, *low[1:], **UPDATE), dora_dropped_plainly(*low, low_W, **UPDATE)
+    assert found.dtype == plainly.dtype == torch.bfloat16
+    cotangent = torch.randn_like(found)
+    theirs = torch.autograd.grad(true, exact, cotangent.double())
+    for z in (found, plainly):
+        torch.testing.assert_close(z.double(), true, rtol=0.02, atol=0.05)
+        for one, leaf, other in zip(torch.autograd.grad(z, low, cotangent), low, theirs, strict=True):
+            assert one.dtype == leaf.dtype
+            torch.testing.assert_close(one.double(), other, rtol=0.02, atol=0.02 * float(other.abs().max()))
+
+
+def test_where_sparse_products_pay():
     long, short = torch.empty(4, 256, 8), torch.empty(4, 8)
-    assert pays(long, 0.05)
-    assert not pays(short, 0.05)
-    assert not can(long, 0.5)
-    assert not can(long.bfloat16(), 0.05)
-    assert not can(long.to("meta"), 0.05)
+    assert sparse_pays(long, 0.05)
+    assert not sparse_pays(short, 0.05)
+    assert not sparse_pays(long, 0.5)
+    assert not sparse_pays(long.bfloat16(), 0.05)
+    assert not sparse_pays(long.to("meta"), 0.05)
 
 
 def test_the_output_may_be_changed_in_place():

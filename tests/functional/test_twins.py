@@ -62,14 +62,14 @@ def test_dora_on_the_output_is_dora_in_the_weight(leading, features, out, rank, 
 
 
 @thousand
-@given(LEADING, SIZE, SIZE, SIZE, SCALE, st.floats(1e-6, 0.9), st.booleans(), st.integers(0, 2**31))
-def test_dora_by_its_dropped_elements_is_dora_by_a_mask(leading, features, out, rank, scale, p, biased, seed):
+@given(LEADING, SIZE, SIZE, SIZE, SCALE, st.floats(1e-6, 0.9), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_dora_by_its_dropped_elements_is_dora_by_a_mask(leading, features, out, rank, scale, p, biased, sparse, seed):
     draw = numbers(seed)
     x, W, bias = draw(*leading, features), draw(out, features), draw(out) if biased else None
     A, B, g = draw(rank, features), draw(out, rank), draw(out)
     leaves = [t.requires_grad_() for t in (x, bias, A, B, g) if t is not None]
-    found = dora_dropped(x, W, bias, A, B, g, scale=scale, p=p, seed=seed)
-    expected = dora_dropped_plainly(x, bias, A, B, g, W, scale, p, seed)
+    found = dora_dropped(x, W, bias, A, B, g, scale=scale, p=p, seed=seed, sparse=sparse)
+    expected = dora_dropped_plainly(x, bias, A, B, g, W, scale, p, seed, sparse)
     near(found * (1 - p), expected * (1 - p))
     cotangent = draw(*leading, out) * (1 - p)
     ours, theirs = (torch.autograd.grad(z, leaves, cotangent) for z in (found, expected))

@@ -63,8 +63,8 @@ def sampled(g_TO: Tensor, W_IO: Tensor, dropped: Dropped) -> Tensor:
     return backward(g_TO.contiguous(), W_IO, dropped.columns, dropped.starts, dropped.rows, 0)
 
 
-def without(x_TI: Tensor, dropped: Dropped) -> Tensor:
-    """A copy of x with zeros at the dropped elements."""
+def without(x_TI: Tensor, places: Tensor) -> Tensor:
+    """A copy of x with zeros at these places."""
     kept = x_TI.clone(memory_format=torch.contiguous_format)
-    kept.view(-1).index_fill_(0, dropped.places.long(), 0)
+    kept.view(-1).index_fill_(0, places, 0)
     return kept

@@ -10,7 +10,7 @@ from torch import Tensor
 from veneer.functional import dora, dora_dropout, lowrank
 from veneer.functional.dropout import new_seed
 from veneer.functional.transforms import is_plain, is_transformed
-from veneer.layers.fast_path import frozen_with_update
+from veneer.layers.fast_path import as_computed, frozen_with_update
 from veneer.layers.kinds import Kind, Layer
 from veneer.layers.kinds.kind import last_dimension, linear_base_update
 from veneer.layers.norms import gain
@@ -36,9 +36,9 @@ def whole(adapter: "Adapter", x: Tensor, layer: Layer) -> Tensor:
     g_O = gain(adapter, layer, layer.weight)
     if not (adapter.training and adapter.dropout):
         return dora.with_gain(frozen_with_update(layer, adapter, x), g_O, layer.bias)
-    (A, B), g_O = adapter.factors(), g_O.to(x.dtype)
-    update = {"scale": adapter.scale, "p": adapter.dropout, "seed": new_seed()}
-    return dora_dropout.dora_dropped(x, layer.weight, layer.bias, A, B, g_O, **update)
+    p, (x, W, bias) = adapter.dropout, as_computed(layer, x)
+    update = {"scale": float(adapter.scale), "p": p, "seed": new_seed(), "sparse": dora_dropout.sparse_pays(x, p)}
+    return dora_dropout.dora_dropped(x, W, bias, *adapter.factors(), g_O, **update)
 
 
 def merged(adapter: "Adapter", W: Tensor, base: Tensor) -> Tensor:

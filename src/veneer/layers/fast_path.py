@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from veneer.functional import dora_dropout, lora_linear
+from veneer.functional import lora_linear
 from veneer.functional.transforms import is_plain, is_transformed
 from veneer.layers import shared_input
 from veneer.layers.kinds import Kind, Layer
@@ -37,7 +37,7 @@ def why_plain(layer: Layer, adapter: "Adapter") -> str | None:
         return "lora_bias"
     if not isinstance(adapter.scale, float | int):
         return "the scale is a tensor"
-    return _why_dtypes(layer.weight.dtype, adapter.lora_A.dtype) or _why_dropout(layer.weight, adapter)
+    return _why_dtypes(layer.weight.dtype, adapter.lora_A.dtype)
 
 
 def takes_fast_path(layer: Layer, adapter: "Adapter", x: Tensor) -> bool:
@@ -48,23 +48,28 @@ def takes_fast_path(layer: Layer, adapter: "Adapter", x: Tensor) -> bool:
         and why_plain(layer, adapter) is None
         and (x.dtype == layer.weight.dtype or _is_cast(layer, x))
         and not (adapter.training and adapter.dropout > _MOST_DROPPED)
-        and (not _drops_under_dora(adapter) or (not _is_cast(layer, x) and dora_dropout.pays(x, adapter.dropout)))
     )
 
 
 def frozen_with_update(layer: Layer, adapter: "Adapter", x: Tensor) -> Tensor:
     """The output of a layer that takes the fast path, with the adapter."""
     p = adapter.dropout if adapter.training else 0.0
-    W, bias = layer.weight, layer.bias
-    if _is_cast(layer, x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, W, bias = x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
+    x, W, bias = as_computed(layer, x)
     A, B = adapter.factors()
     if p or adapter.start_A is not None or x.is_inference():
         passed, (h,) = lora_linear.project(x, [A.to(x.dtype)], p)
     else:
         passed, h = shared_input.project(layer, adapter, x, _joins_in)
     return lora_linear.frozen_linear(passed, W, bias, h, B.to(x.dtype), float(adapter.scale))
+
+
+def as_computed(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The input, weight and bias in the dtype that the layer computes in: autocast's, where that is on."""
+    W, bias = layer.weight, layer.bias
+    if not _is_cast(layer, x):
+        return x, W, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), W.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _joins_in(layer: Layer, adapter: "Adapter") -> bool:
@@ -83,16 +88,6 @@ def _joins_in(layer: Layer, adapter: "Adapter") -> bool:
 def _is_cast(layer: Layer, x: Tensor) -> bool:
     """Whether autocast brings the input and the weight to one dtype; it leaves float64 alone."""
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, layer.weight.dtype)
-
-
-def _drops_under_dora(adapter: "Adapter") -> bool:
-    return adapter.rule == "dora" and adapter.training and adapter.dropout > 0
-
-
-def _why_dropout(W: Tensor, adapter: "Adapter") -> str | None:
-    if _drops_under_dora(adapter) and not dora_dropout.can(W, adapter.dropout):
-        return f"DoRA with a dropout of {adapter.dropout:g} in {W.dtype} on a {W.device.type}".replace("torch.", "")
-    return None
 
 
 @cache
