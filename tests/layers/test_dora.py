@@ -13,7 +13,6 @@ from veneer.functional import dora_dropout
 from veneer.functional.dora_dropout import dora_dropped_plainly
 from veneer.layers import attach as attach_module
 from veneer.layers import dora as rule
-from veneer.layers.fast_path import why_plain
 
 FIELDS = {"r": 2, "lora_alpha": 3, "target_modules": ["0", "2"], "use_dora": True}
 
