@@ -28,9 +28,32 @@ What Veneer costs beside PEFT, and beside the least that it could cost. The cont
 process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
 of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so.
-
-This is a first record: tests ran beside most of these measurements, and figures without a table here were not measured.
 """
+
+# For figures with a missed aim: what stands between them, and what was tried.
+TRIED = {
+    "step": """**Where an aim is missed.** Dropout: its places are drawn twice, once a pass, and x is copied once a pass
+without them; a mask would cost a draw and a byte for every element. DoRA: a pass over the output in each direction for
+the gain, and the norms of W + sBA, as much work as the forward of one more token for each rank; expanding the square
+costs the same and cancels. DoRA with dropout multiplies W twice by its formula; the sparse products with the dropped
+elements, which take the second one's place on a CPU, cost some 6 % of the limit forward and 9 % backward, and turning W
+for them 6 %. A turned copy that stays would save the latter and double the weights. LoRA itself: q, k and v, and gate
+and up, share one product with their A's; one function over a whole MLP was no faster, and adding sBA to W makes a
+temporary of W's size and loses small updates in 16 bits.""",
+    "activation_memory": """**Where an aim is missed.** DoRA's gain needs the layer's output before it for the magnitude's
+gradient: one tensor of the output's size is kept, and no more.""",
+    "attach": """**Where an aim is missed.** What is imported then beside torch is numpy, regex and our own files; `import
+veneer` alone does not import torch at all.""",
+    "adapter_files": """**Where an aim is missed.** Saving: the file is flushed to the disk, read back and compared before it takes
+the old one's place, PEFT's is left to the system's cache; *file alone* is the writing and flushing of the same bytes,
+which no saving can beat. Merging: the sum is made in float64 and rounded once, where PEFT adds in the weight's dtype,
+and what unmerging needs is kept. Large tensors: reading and checking the bytes is all there is to do, in both
+libraries.""",
+    "mixed_batch": """**Where an aim is missed.** Prefill: PEFT itself takes little more than the bare base here, so a third of
+its time is less than the base alone takes. Decode: at 64 adapters the factors of rank 16 that every token must read are
+three times the base's own bytes. Sorted segments and one product an adapter were slower than the one batched product;
+stacks are made once for a `generate`.""",
+}
 
 FOOT = """## Measure it yourself
 
@@ -58,6 +81,8 @@ def page(figures: Sequence[Figure], pictures: dict[str, str]) -> str:
         if figure.quick:
             parts.append("**A smoke run, too short to claim anything.**\n")
         parts.append(f"{_machine(figure)}\n")
+        if figure.name in TRIED and not all(met for table in figure.tables for *_, met in table.judged()):
+            parts.append(f"{_flowing(TRIED[figure.name])}\n")
         if figure.name in pictures:
             parts.append(f"![{figure.title}]({pictures[figure.name]})\n")
         parts += [_section(table) for table in figure.tables]
