@@ -32,7 +32,8 @@ of every round is in `benchmarks/results/`. An aim was set before the work began
 
 # For figures with a missed aim: what stands between them, and what was tried.
 TRIED = {
-    "step": """**Where an aim is missed.** Dropout: its places are drawn twice, once a pass, and x is copied once a pass
+    "step": """
+Dropout: its places are drawn twice, once a pass, and x is copied once a pass
 without them; a mask would cost a draw and a byte for every element. DoRA: a pass over the output in each direction for
 the gain, and the norms of W + sBA, as much work as the forward of one more token for each rank; expanding the square
 costs the same and cancels. DoRA with dropout multiplies W twice by its formula; the sparse products with the dropped
@@ -40,16 +41,20 @@ elements, which take the second one's place on a CPU, cost some 6 % of the limit
 for them 6 %. A turned copy that stays would save the latter and double the weights. LoRA itself: q, k and v, and gate
 and up, share one product with their A's; one function over a whole MLP was no faster, and adding sBA to W makes a
 temporary of W's size and loses small updates in 16 bits.""",
-    "activation_memory": """**Where an aim is missed.** DoRA's gain needs the layer's output before it for the magnitude's
+    "activation_memory": """
+DoRA's gain needs the layer's output before it for the magnitude's
 gradient: one tensor of the output's size is kept, and no more.""",
-    "attach": """**Where an aim is missed.** What is imported then beside torch is numpy, regex and our own files; `import
+    "attach": """
+What is imported then beside torch is numpy, regex and our own files; `import
 veneer` alone does not import torch at all.""",
-    "adapter_files": """**Where an aim is missed.** Saving: the file is flushed to the disk, read back and compared before it takes
+    "adapter_files": """
+Saving: the file is flushed to the disk, read back and compared before it takes
 the old one's place, PEFT's is left to the system's cache; *file alone* is the writing and flushing of the same bytes,
 which no saving can beat. Merging: the sum is made in float64 and rounded once, where PEFT adds in the weight's dtype,
 and what unmerging needs is kept. Large tensors: reading and checking the bytes is all there is to do, in both
 libraries.""",
-    "mixed_batch": """**Where an aim is missed.** Prefill: PEFT itself takes little more than the bare base here, so a third of
+    "mixed_batch": """
+Prefill: PEFT itself takes little more than the bare base here, so a third of
 its time is less than the base alone takes. Decode: at 64 adapters the factors of rank 16 that every token must read are
 three times the base's own bytes. Sorted segments and one product an adapter were slower than the one batched product;
 stacks are made once for a `generate`.""",
@@ -82,7 +87,7 @@ def page(figures: Sequence[Figure], pictures: dict[str, str]) -> str:
             parts.append("**A smoke run, too short to claim anything.**\n")
         parts.append(f"{_machine(figure)}\n")
         if figure.name in TRIED and not all(met for table in figure.tables for *_, met in table.judged()):
-            parts.append(f"{_flowing(TRIED[figure.name])}\n")
+            parts.append(f"**Where an aim is missed.** {_flowing(TRIED[figure.name])}\n")
         if figure.name in pictures:
             parts.append(f"![{figure.title}]({pictures[figure.name]})\n")
         parts += [_section(table) for table in figure.tables]
