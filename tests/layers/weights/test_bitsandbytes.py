@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from veneer.errors import MergeError
-from veneer.layers.weights import read, store_of, write
+from veneer.layers.weights import read, store_of
 from veneer.layers.weights.bitsandbytes import _unpacked
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -57,14 +57,6 @@ def test_4_bits_in_the_order_of_a_cpu(nested):
     before, state = read(layer), layer.weight.quant_state
     packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, state)
     assert_close(_unpacked(packed, state), before.float(), atol=0, rtol=5e-3)  # the scales are in bfloat16 then
-
-
-@pytest.mark.parametrize("make", [in_8_bits, lambda: in_4_bits(nested=True)])
-def test_they_are_not_written(make):
-    layer = make()
-    assert store_of(layer).write is None
-    with pytest.raises(AssertionError):
-        write(layer, "weight", weight())
 
 
 def test_weights_of_other_kinds_are_not_taken_for_theirs():

@@ -9,9 +9,20 @@ from veneer.layers.weights import offloaded
 from veneer.layers.weights.bitsandbytes import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT
 from veneer.layers.weights.dense import DENSE
 from veneer.layers.weights.offloaded import OFFLOADED, Elsewhere, is_offloaded
+from veneer.layers.weights.quanto import QUANTO
+from veneer.layers.weights.rounding import Loss, loss_of
 from veneer.layers.weights.store import Store
+from veneer.layers.weights.torchao import TORCHAO, TORCHAO_TO_READ, rounds_inputs
 
-STORES: tuple[Store, ...] = (OFFLOADED, DENSE, BITSANDBYTES_8BIT, BITSANDBYTES_4BIT)
+STORES: tuple[Store, ...] = (
+    OFFLOADED,
+    DENSE,
+    BITSANDBYTES_8BIT,
+    BITSANDBYTES_4BIT,
+    TORCHAO,
+    TORCHAO_TO_READ,
+    QUANTO,
+)
 
 
 def store_of(layer: Layer, parameter: str = "weight") -> Store:
@@ -44,20 +55,43 @@ def read(layer: Layer, parameter: str = "weight") -> Tensor:
     return store_of(layer, parameter).read(layer, parameter)
 
 
-def check_writable(layer: Layer, parameter: str, what: str) -> None:
-    """Raise MergeError if the weight can only be read; `what` is what the error calls the layer."""
-    if store_of(layer, parameter).write is None:
-        kept_as = type(layer._parameters[parameter]).__name__
-        raise MergeError(
-            f"The weight of {what} is quantised ({kept_as}), and rounding it again would lose part of the adapter. "
-            "Load the base unquantised (in bfloat16, say), load the adapter on it, and merge there."
-        )
+def is_quantised(layer: Layer, parameter: str = "weight") -> bool:
+    """Whether the weight is kept in few bits, so that what is written would be rounded."""
+    return any(store.is_quantised and store.holds(layer, parameter) for store in STORES)
+
+
+def check_writable(layer: Layer, parameter: str, what: str, *, requantize: bool = False) -> None:
+    """Raise MergeError if the weight can only be read, or may not be rounded again; `what` names the layer.
+
+    requantize  whether it may
+    """
+    store = store_of(layer, parameter)
+    if not store.is_quantised or (requantize and store.quantise is not None):
+        return
+    kept_as = type(layer._parameters[parameter]).__name__
+    problem = f"The weight of {what} is quantised ({kept_as}), and rounding it again would lose part of the adapter. "
+    remedy = "Load the base unquantised (in bfloat16, say), load the adapter on it, and merge there"
+    if store.quantise is None:
+        raise MergeError(f"{problem}{remedy}; weights of this form can be read, not made.")
+    raise MergeError(f"{problem}{remedy}; or pass requantize=True, and be told how much is lost.")
+
+
+def quantised(layer: Layer, parameter: str, W: Tensor) -> tuple[nn.Parameter, Loss]:
+    """A weight rounded to what the layer keeps its own in, ready for `write`, and what that costs. Changes nothing."""
+    store = store_of(layer, parameter)
+    assert store.quantise is not None and store.value is not None
+    rounded = store.quantise(layer, parameter, W)
+    return rounded, loss_of(store.read(layer, parameter), W, store.value(rounded))
 
 
 def write(layer: Layer, parameter: str, W: Tensor) -> None:
-    """Put a weight in place of the layer's own, which stays where it was kept. Its store must be able to write."""
+    """Put a weight in place of the layer's own, which stays where it was kept. Its store must be able to write.
+
+    Where the weight is quantised, `W` is a parameter that `quantised` has made, or that the layer had before.
+    """
     store = store_of(layer, parameter)
     assert store.write is not None
+    assert not store.is_quantised or type(W) is type(layer._parameters[parameter])
     store.write(layer, parameter, W)
 
 
@@ -77,21 +111,35 @@ def put_back(layer: Layer, parameter: str, original: nn.Parameter | Elsewhere) -
     written = stored(layer, parameter)
     if isinstance(original, Elsewhere):
         original = nn.Parameter(original.read().detach(), requires_grad=False)
-    if (original.dtype, original.device) != (written.dtype, written.device):
+    moved = (original.dtype, original.device) != (written.dtype, written.device)
+    if is_quantised(layer, parameter):
+        write(layer, parameter, _moved(original, written) if moved else original)
+        return
+    if moved:
         original.data = original.data.to(written.device, written.dtype)
     layer._parameters[parameter] = original
+
+
+def _moved(original: nn.Parameter, written: Tensor) -> nn.Parameter:
+    """A quantised weight where another is, with all that belongs to it."""
+    there = original.to(written.device) if original.dtype == written.dtype else original.to(written.device, written.dtype)
+    return there if isinstance(there, nn.Parameter) else nn.Parameter(there, requires_grad=False)
 
 
 __all__ = [
     "STORES",
     "Elsewhere",
+    "Loss",
     "Store",
     "check_writable",
     "home",
     "is_offloaded",
+    "is_quantised",
     "kept",
     "put_back",
+    "quantised",
     "read",
+    "rounds_inputs",
     "store_of",
     "stored",
     "write",

@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes keeps in 8 or 4 bits. They are read, never written: rounding again would lose an update.
+"""Weights that bitsandbytes keeps in 8 or 4 bits.
 
 Shapes: I in, O out.
 """
@@ -6,7 +6,7 @@ Shapes: I in, O out.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.layers.kinds import Layer
 from veneer.layers.weights.store import Store
@@ -28,8 +28,31 @@ def _holds_8bit(layer: Layer, parameter: str) -> bool:
 def _read_8bit(layer: Layer, parameter: str) -> Tensor:
     """The (O, I) weight in float32. bitsandbytes keeps a row's largest number with the weight until the first call."""
     weight = layer._parameters[parameter]
-    largest_O = weight.SCB if weight.SCB is not None else layer.state.SCB
+    return _from_8bit(weight, weight.SCB if weight.SCB is not None else layer.state.SCB)
+
+
+def _from_8bit(weight: Tensor, largest_O: Tensor) -> Tensor:
     return weight.detach().float() * (largest_O.to(weight.device, torch.float32) / _LARGEST).unsqueeze(1)
+
+
+def _value_8bit(weight: Any) -> Tensor:
+    return _from_8bit(weight, weight.SCB)
+
+
+def _quantise_8bit(layer: Layer, parameter: str, W: Tensor) -> nn.Parameter:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    codes_OI, largest_O, _ = int8_vectorwise_quant(W.detach().to(torch.float16))
+    return type(layer._parameters[parameter])(codes_OI, requires_grad=False, CB=codes_OI, SCB=largest_O)
+
+
+def _write_8bit(layer: Layer, parameter: str, weight: Tensor) -> None:
+    """Put a weight in place; the one that leaves takes along what its first call gave to the layer."""
+    leaving, state = layer._parameters[parameter], layer.state
+    if state.SCB is not None:
+        leaving.CB, leaving.SCB = leaving.data, state.SCB
+    state.reset_grads()
+    layer._parameters[parameter] = weight
 
 
 def _holds_4bit(layer: Layer, parameter: str) -> bool:
@@ -39,9 +62,12 @@ def _holds_4bit(layer: Layer, parameter: str) -> bool:
 
 def _read_4bit(layer: Layer, parameter: str) -> Tensor:
     """The (O, I) weight in the dtype that it had before."""
+    return _value_4bit(layer._parameters[parameter])
+
+
+def _value_4bit(weight: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = layer._parameters[parameter]
     state = weight.quant_state
     if vars(state).get("packing_format_for_cpu"):
         return _unpacked(weight.data, state).to(state.original_dtype)
@@ -58,5 +84,25 @@ def _unpacked(packed: Tensor, state: Any) -> Tensor:
     return state.code[codes_OI.long()] * largest_OI
 
 
-BITSANDBYTES_8BIT = Store("bnb 8bit", _holds_8bit, _read_8bit, None)
-BITSANDBYTES_4BIT = Store("bnb 4bit", _holds_4bit, _read_4bit, None)
+def _quantise_4bit(layer: Layer, parameter: str, W: Tensor) -> nn.Parameter:
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = layer._parameters[parameter]
+    form = {
+        "blocksize": weight.blocksize,
+        "compress_statistics": weight.compress_statistics,
+        "quant_type": weight.quant_type,
+        "quant_storage": weight.quant_storage,
+    }
+    packed, state = quantize_4bit(W.detach().contiguous(), **form)
+    made = {"requires_grad": False, "quant_state": state, "module": weight.module, "bnb_quantized": True}
+    return type(weight)(packed, **form, **made)
+
+
+def _write_4bit(layer: Layer, parameter: str, weight: Any) -> None:
+    layer._parameters[parameter] = weight
+    layer.quant_state = weight.quant_state  # from which bitsandbytes takes it where FSDP has rebuilt the parameter
+
+
+BITSANDBYTES_8BIT = Store("bnb 8bit", _holds_8bit, _read_8bit, _write_8bit, _quantise_8bit, _value_8bit)
+BITSANDBYTES_4BIT = Store("bnb 4bit", _holds_4bit, _read_4bit, _write_4bit, _quantise_4bit, _value_4bit)

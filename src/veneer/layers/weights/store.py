@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.layers.kinds import Layer
 
@@ -14,13 +14,24 @@ class Store:
 
     `parameter` is the weight's name on the layer.
 
-    holds  (layer, parameter) -> whether this store knows the weight
-    read   (layer, parameter) -> the weight in floating point
-    write  (layer, parameter, W) puts W in place as a parameter of its own, so that a tied one elsewhere stays; None if
-           the store only reads
+    holds     (layer, parameter) -> whether this store knows the weight
+    read      (layer, parameter) -> the weight in floating point
+    write     (layer, parameter, W) puts W in place as a parameter of its own, so that a tied one elsewhere stays; where
+              the store is quantised, W is what `quantise` gave, or what the layer had before. None if the store only
+              reads
+    quantise  (layer, parameter, W) -> W rounded to the form in which the layer keeps its weight, as a parameter that
+              carries all it takes to read it; changes nothing. None if the store keeps W as it is, or only reads
+    value     (such a parameter) -> what it stands for, in floating point; None if the store keeps W as it is
     """
 
     name: str
     holds: Callable[[Layer, str], bool]
     read: Callable[[Layer, str], Tensor]
     write: Callable[[Layer, str, Tensor], None] | None
+    quantise: Callable[[Layer, str, Tensor], nn.Parameter] | None = None
+    value: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether what is written is rounded to few bits."""
+        return self.value is not None
