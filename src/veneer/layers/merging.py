@@ -1,6 +1,6 @@
 """The weights of one layer with adapters in them, and a layer that has them in place by itself.
 
-Sums are made in float64 on a CPU, else in float32, and rounded once.
+Sums are made in float64 on a CPU, else in float32, and rounded once; where the weight is quantised, once more.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,17 @@ from veneer.functional.finite import all_finite
 from veneer.functional.rounded_sum import add_products, exact_dtype, stays_finite
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
-from veneer.layers.weights import Elsewhere, check_writable, kept, put_back, read, write
+from veneer.layers.weights import (
+    Elsewhere,
+    Loss,
+    check_writable,
+    is_quantised,
+    kept,
+    put_back,
+    quantised,
+    read,
+    write,
+)
 
 
 @dataclass
@@ -33,39 +43,48 @@ def merged_values(
     original: Tensor | None = None,
     *,
     checked: bool = False,
+    losses: dict[str, Loss] | None = None,
 ) -> dict[str, Tensor]:
     """A weight with these adapters in it, and the layer's bias if it changes, by the parameters' names.
 
     what      what an error calls the layer
     original  the weight before any adapter, if the layer has others in its weight already
     checked   whether `check_merge` has passed
+    losses    where it is put down, under `what`, what rounding a quantised weight again costs; None if that is not
+              allowed
 
     Raises MergeError if the layer cannot take them in, or would overflow.
     """
     if not checked:
-        _check_place(layer, parameter, adapters, what)
+        _check_place(layer, parameter, adapters, what, requantize=losses is not None)
     with torch.no_grad():
         merged = _merged_weight(layer, parameter, adapters, original)
         bias = _merged_bias(layer, parameter, adapters, original)
     if not checked:
         _check_values(layer, adapters, what, merged, bias)
+    if losses is not None and is_quantised(layer, parameter):
+        merged, losses[what] = quantised(layer, parameter, merged)
     return {parameter: merged} if bias is None else {parameter: merged, "bias": bias}
 
 
-def check_merge(layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str) -> None:
+def check_merge(
+    layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str, *, requantize: bool = False
+) -> None:
     """Raise the MergeError that `merged_values` would raise, where it can be told without making the sum."""
-    _check_place(layer, parameter, adapters, what)
+    _check_place(layer, parameter, adapters, what, requantize=requantize)
     kind, W = adapters[0].kind, read(layer, parameter)
     plain = kind.never_refuses_merge and not any(a.rule != "add" or a.lora_bias is not None for a in adapters)
     with torch.no_grad():
         products = [(A, B, s) for products, s in map(_products, adapters) for A, B in products]
         if plain and stays_finite(W, products):
             return
-    merged_values(layer, parameter, adapters, what)
+    merged_values(layer, parameter, adapters, what, losses={} if requantize else None)
 
 
-def _check_place(layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str) -> None:
-    check_writable(layer, parameter, what)
+def _check_place(
+    layer: Layer, parameter: str, adapters: Sequence[Adapter], what: str, *, requantize: bool = False
+) -> None:
+    check_writable(layer, parameter, what, requantize=requantize)
     if (groups := adapters[0].kind.groups(layer)) > 1:
         raise MergeError(
             f"{what} has groups={groups}: each output sees the inputs of its group, with the adapter all of them, "

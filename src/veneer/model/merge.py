@@ -17,25 +17,31 @@ from veneer.layers.peft_names import WeightNames
 from veneer.layers.replication import replication_of
 from veneer.layers.route import as_names
 from veneer.layers.walk import modules_outside
-from veneer.layers.weights import is_offloaded, kept, put_back, write
+from veneer.layers.weights import Loss, is_offloaded, kept, put_back, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import Sources, check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
 
+Losses = dict[str, Loss]  # what rounding again costs, by the layer's path
+
+
 @one_at_a_time
-def merge(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
+def merge(model: nn.Module, names: Sequence[str] | None = None, losses: Losses | None = None) -> tuple[str, ...]:
     """Fold adapters (the active ones, unless named) into the weights until `unmerge`; returns their names.
+
+    losses  where it is put down what it costs to round quantised weights again; None if that is not allowed
 
     Those that are merged stay so, as if all had been merged at once. Keeps the base weights, which takes as much memory
     as the adapted layers. Raises AdapterNameError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
     if (before := overlay.route.merged) and (more := _besides(overlay, names)):
-        return _merge_besides(model, before, more)
-    names = _checked(model, overlay, names)
+        return _merge_besides(model, before, more, losses)
+    names = checked_names(model, overlay, names)
     with _standing_in(model, overlay, names):
-        merged = dict(_merged_parameters(model, names))
+        merged = dict(_merged_parameters(model, names, losses=losses))
+    overlay.requantize = losses is not None
     overlay.route.set(merged=names)
     place_stand_ins(model, overlay)  # before the merged weights are there, which none of them stands in for
     sources = sources_of(model, names)
@@ -54,13 +60,21 @@ def _besides(overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in wanted if name not in overlay.route.in_weights)
 
 
-def _merge_besides(model: nn.Module, before: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+def _merge_besides(
+    model: nn.Module, before: tuple[str, ...], more: tuple[str, ...], losses: Losses | None
+) -> tuple[str, ...]:
+    again = _as_before(model)
     unmerge(model)
     try:
-        return merge(model, (*before, *more))
+        return merge(model, (*before, *more), losses)
     except BaseException:
-        merge(model, before)
+        merge(model, before, again)
         raise
+
+
+def _as_before(model: nn.Module) -> Losses | None:
+    """What `merge` is given so that it may do again what is merged now."""
+    return {} if overlay_needed(model).requantize else None
 
 
 @one_at_a_time
@@ -74,6 +88,7 @@ def unmerge(model: nn.Module) -> None:
     for (path, parameter), original in overlay.originals.items():
         put_back(model.get_submodule(path), parameter, original)
     overlay.originals.clear()
+    overlay.requantize = False
     overlay.route.set(merged=())
     place_stand_ins(model, overlay)
 
@@ -105,6 +120,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         yield
         return
     enabled, merged, apart = overlay.route.enabled, overlay.route.merged, merged_by_themselves(model, overlay)
+    losses = _as_before(model)
     disable(model)
     try:
         yield
@@ -112,7 +128,7 @@ def base_in_place(model: nn.Module) -> Iterator[None]:
         if overlay_of(model) is overlay:
             set_enabled(model, enabled)
             if merged and enabled and set(merged) <= overlay.configs.keys():
-                merge(model, merged)
+                merge(model, merged, losses)
             _merge_again(apart if enabled else [])
 
 
@@ -124,30 +140,34 @@ def _merge_again(apart: list[tuple[Layer, tuple[str, ...]]]) -> None:
 
 
 @one_at_a_time
-def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None) -> nn.Module:
+def merge_and_remove(
+    model: nn.Module, names: Sequence[str] | None = None, losses: Losses | None = None
+) -> nn.Module:
     """Fold adapters (the merged or active ones, unless named) into the weights for good, and take every adapter off.
+
+    losses  as for `merge`
 
     Returns the same model. Weights are checked in a first pass and written in a second, layer by layer, so that no
     second model is held. Raises AdapterNameError, AttachError or MergeError, and then nothing has changed.
     """
     overlay = overlay_needed(model)
     before, apart = overlay.route.merged, merged_by_themselves(model, overlay)
-    names = before if before and names is None else names
+    names, again = before if before and names is None else names, _as_before(model)
     if before or apart:
         unmerge(model)
     try:
-        names = _checked(model, overlay, names)
+        names = checked_names(model, overlay, names)
         with _standing_in(model, overlay, names):
-            _check_merge(model, names)
+            _check_merge(model, names, requantize=losses is not None)
     except BaseException:
         if before:
-            merge(model, before)
+            merge(model, before, again)
         _merge_again(apart)
         raise
     overlay.route.set(active=names)
     place_stand_ins(model, overlay)
     sources = sources_of(model, names)
-    for (path, parameter), value in _merged_parameters(model, names, checked=True):
+    for (path, parameter), value in _merged_parameters(model, names, checked=True, losses=losses):
         put_merged(model, sources, path, parameter, value)
     for name in names:
         for _, module in saved_modules(model, name):
@@ -180,7 +200,8 @@ def remove_all(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checked(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
+def checked_names(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The adapters to merge: these, or the active ones. Raises AdapterNameError or MergeError if they cannot be."""
     names = overlay.route.active if names is None else tuple(as_names(names))
     overlay.check_names(names)
     if overlay.route.in_weights:
@@ -219,7 +240,7 @@ def _standing_in(model: nn.Module, overlay: Overlay, names: tuple[str, ...]) -> 
         place_stand_ins(model, overlay)
 
 
-def _check_merge(model: nn.Module, names: Sequence[str]) -> None:
+def _check_merge(model: nn.Module, names: Sequence[str], *, requantize: bool) -> None:
     """Raise what merging would raise; almost always without making the sums."""
     sources = sources_of(model, names)
     for _ in merged_rows(model, names, sources):
@@ -227,14 +248,14 @@ def _check_merge(model: nn.Module, names: Sequence[str]) -> None:
     problems = []
     for (path, parameter), adapters in _adapters_by_weight(model, names, sources).items():
         try:
-            check_merge(model.get_submodule(path), parameter, adapters, path)
+            check_merge(model.get_submodule(path), parameter, adapters, path, requantize=requantize)
         except MergeError as problem:
             problems.append(str(problem))
     _raise_all(problems)
 
 
 def _merged_parameters(
-    model: nn.Module, names: Sequence[str], *, checked: bool = False
+    model: nn.Module, names: Sequence[str], *, checked: bool = False, losses: Losses | None = None
 ) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """((path, name), merged value) of each parameter concerned, one at a time.
 
@@ -245,7 +266,8 @@ def _merged_parameters(
     problems = []
     for (path, parameter), adapters in _adapters_by_weight(model, names, sources).items():
         try:
-            values = merged_values(model.get_submodule(path), parameter, adapters, path, checked=checked)
+            layer = model.get_submodule(path)
+            values = merged_values(layer, parameter, adapters, path, checked=checked, losses=losses)
         except MergeError as problem:
             problems.append(str(problem))
             continue

@@ -15,8 +15,15 @@ from veneer.layers.route import as_names
 from veneer.model import merge
 from veneer.model.apply import activate, add_adapter, check_bases, follow_route, remove_adapter, set_enabled
 from veneer.model.batch import serving
+from veneer.model.original import merged_original
 from veneer.model.overlay import Overlay, overlay_of, own_parameters
 from veneer.model.pretrained import note_untied_head, release_saving, with_base_name
+from veneer.model.requantization import (
+    RequantizationReport,
+    check_there_is_something_to_round,
+    has_quantised_sites,
+    requantization_report,
+)
 from veneer.model.scale import set_scale
 from veneer.model.weighted import add_weighted_adapter
 
@@ -181,22 +188,38 @@ class AdapterMethods(nn.Module):
         """Let the active adapters act again."""
         set_enabled(self.bare, True)
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, requantize: bool = False
+    ) -> None:
         """Fold adapters (the active ones, unless named) into the weights until `unmerge_adapter`.
+
+        requantize  round quantised weights again for it, which loses part of the adapter; a warning says how much
 
         safe_merge is there for PEFT's callers: every merge checks first that all results are finite.
         Raises AdapterNameError or MergeError, and then nothing has changed.
         """
-        merge.merge(self.bare, adapter_names)
+        losses = self._may_round(requantize)
+        merge.merge(self.bare, adapter_names, losses)
+        _warn_of_losses(losses)
 
     def unmerge_adapter(self) -> None:
         """Put the base weights back, bit for bit. Raises MergeError if nothing is merged."""
         merge.unmerge(self.bare)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        *,
+        requantize: bool = False,
     ) -> nn.Module:
         """Fold adapters into the weights for good; returns the plain model, with nothing of Veneer on it.
+
+        requantize  over a quantised base: round the merged weights again, which loses part of the adapter; a warning
+                    says how much. Without it the adapters are merged into the base's original, if the folder or hub id
+                    it was loaded from is here: that is what is returned, in the dtype of its files, and this model
+                    stays as it is
 
         What it can do is what its own class can: a transformers model has `save_pretrained`, a plain torch model is
         saved with `torch.save(model.state_dict(), file)` or safetensors.
@@ -204,10 +227,25 @@ class AdapterMethods(nn.Module):
         progressbar and safe_merge are there for PEFT's callers. Raises AdapterNameError or MergeError.
         """
         self._refuse_without_adapters("merge")
-        model = merge.merge_and_remove(self.bare, adapter_names)
+        losses = self._may_round(requantize or self._overlay.requantize)
+        if losses is None and has_quantised_sites(self.bare):
+            return merged_original(self.bare, adapter_names)
+        model = merge.merge_and_remove(self.bare, adapter_names, losses)
         self._tidy()
         note_untied_head(model)
+        _warn_of_losses(losses)
         return model
+
+    def requantization_report(self, sample: Any = None) -> RequantizationReport:
+        """What merging the active adapters into a quantised base would cost; the model stays as it is, bit for bit.
+
+        sample  token ids of shape (rows, tokens), or a mapping of the model's inputs: the report then says how far its
+                answers would move, too
+
+        Raises AdapterNameError, MergeError or ArgumentError.
+        """
+        self._refuse_without_adapters("merge")
+        return requantization_report(self.bare, sample)
 
     def unload(self) -> nn.Module:
         """Take every adapter off; returns the plain model, as it was before the first adapter, still frozen."""
@@ -250,9 +288,22 @@ class AdapterMethods(nn.Module):
         if overlay_of(self.bare) is None:
             release_saving(self.bare)
 
+    def _may_round(self, requantize: bool) -> merge.Losses | None:
+        """Where what rounding costs is put down; None if it is not allowed."""
+        if not requantize:
+            return None
+        self._refuse_without_adapters("merge")
+        check_there_is_something_to_round(self.bare)
+        return {}
+
     def _refuse_without_adapters(self, what: str) -> None:
         if not self.peft_config:
             raise AdapterNameError(f"There is nothing to {what}: the model has no adapter.")
+
+
+def _warn_of_losses(losses: merge.Losses | None) -> None:
+    if losses:
+        warnings.warn(str(RequantizationReport(losses)), VeneerWarning, stacklevel=3)
 
 
 def _warn_of_rivals(overlay: Overlay, names: Sequence[str]) -> None:

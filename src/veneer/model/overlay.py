@@ -48,6 +48,7 @@ class Overlay:
     idle         sites an adapter has and does not use since one with fewer layers was swapped in: zero there
     waiting      adapters whose initialisation (EVA) has not seen its data yet
     originals    while adapters are merged: the base's parameters by (path, name), to be put back as they were
+    requantize   while adapters are merged: whether quantised weights were rounded again for it
     """
 
     route: Route = field(default_factory=Route)
@@ -59,6 +60,7 @@ class Overlay:
     idle: dict[str, tuple[Site, ...]] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
     originals: dict[tuple[str, str], nn.Parameter | Elsewhere] = field(default_factory=dict)
+    requantize: bool = False
 
     @property
     def trainable(self) -> dict[str, bool]:

@@ -18,7 +18,7 @@ from veneer.layers.saved_module import CONTAINERS, contains_adapted, is_saved
 from veneer.layers.swap import Front, check_forward
 from veneer.layers.token_rows import has_rows
 from veneer.layers.walk import modules_outside
-from veneer.layers.weights import STORES, is_offloaded, store_of
+from veneer.layers.weights import is_offloaded, is_quantised, rounds_inputs, store_of
 from veneer.layers.weights.dense import DENSE
 from veneer.layers.weights.offloaded import brings_in_submodules
 from veneer.model.invocation import why_not_invoked
@@ -80,6 +80,7 @@ def _plan(
         *_other_overlay(find, overlay, resolution),
         *_clashes_of_bias(overlay, resolution),
         *_why_not_biases(model, resolution),
+        *_why_not_trained(model, config),
         *_brought_in_as_one(model, resolution),
         *why_not_invoked(model, config, resolution),
     ]
@@ -193,9 +194,27 @@ def _why_not_adapted(layer: Layer, site: Site, config: LoraConfig) -> list[str]:
 def _why_not_replaced(layer: Layer, parameter: str) -> str | None:
     if is_offloaded(layer, parameter):
         return "is offloaded; load the model such that it stays on a device"
-    if any(store.write is None and store.holds(layer, parameter) for store in STORES):
+    if is_quantised(layer, parameter):
         return "is quantised already; attach plain LoRA and call replace_lora_weights_loftq"
     return None
+
+
+def _why_not_trained(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Layers that let no gradient through to those below them."""
+    if config.inference_mode:
+        return []
+    found = [
+        path
+        for path, module in modules_outside(model)
+        if any(type(p) is not nn.Parameter and rounds_inputs(p) for p in module._parameters.values())
+    ]
+    if not found:
+        return []
+    return [
+        f"{found[0]} and {len(found) - 1} more layers round their inputs to few bits, and torchao lets no gradient "
+        "through that: what is below would train on a wrong one. Quantise weights alone (Int8WeightOnlyConfig, "
+        "IntxWeightOnlyConfig, Float8WeightOnlyConfig)"
+    ]
 
 
 def _why_not_biases(model: nn.Module, resolution: Resolution) -> list[str]:

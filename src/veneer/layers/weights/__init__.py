@@ -73,7 +73,10 @@ def check_writable(layer: Layer, parameter: str, what: str, *, requantize: bool 
     remedy = "Load the base unquantised (in bfloat16, say), load the adapter on it, and merge there"
     if store.quantise is None:
         raise MergeError(f"{problem}{remedy}; weights of this form can be read, not made.")
-    raise MergeError(f"{problem}{remedy}; or pass requantize=True, and be told how much is lost.")
+    raise MergeError(
+        f"{problem}{remedy}; or pass requantize=True to the model's merge_adapter or merge_and_unload, and be told how "
+        "much is lost."
+    )
 
 
 def quantised(layer: Layer, parameter: str, W: Tensor) -> tuple[nn.Parameter, Loss]:
