@@ -3,6 +3,7 @@
 `front` is what is placed there, `base` what the module was: `class LoraLinear(Adapted, Linear)`.
 """
 
+from collections.abc import Iterator
 from threading import Lock
 from types import MethodType
 from typing import Any, ClassVar
@@ -47,8 +48,33 @@ def made_class(front: type[Front], base: type[nn.Module]) -> type[nn.Module]:
         if made is None:
             members = {"__module__": base.__module__, "__doc__": base.__doc__, "_veneer_front": front}
             members |= kept_names(front, base)
-            made = _MADE[front, base] = type(f"{front.word}{base.__name__}", (front, base), members)
+            made = _MADE[front, base] = _class(f"{front.word}{base.__name__}", front, base, members)
         return made
+
+
+def _class(name: str, front: type[Front], base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """`class name(front, base)`, laid out in memory as `base`, which alone lets an instance change between the two.
+
+    A class is laid out as its first base. Where that of `base` is no module (quanto's layers have a mixin there), the
+    bases are turned round, and the order in which attributes are looked up stays.
+    """
+    made = type(name, (front, base), members)
+    if nn.Module in _layouts(base):
+        return made
+    order, meta = made.__mro__[1:], type(made)
+
+    class InFront(meta):
+        def mro(cls) -> list[type]:
+            return [cls, *order] if cls.__bases__ == (base, front) else super().mro()
+
+    return InFront(name, (base, front), members)
+
+
+def _layouts(cls: type) -> Iterator[type]:
+    """The class and those it is laid out as."""
+    while cls is not object:
+        yield cls
+        cls = cls.__base__  # type: ignore[assignment]
 
 
 def _rebuild(front: type[Front], base: type[nn.Module]) -> nn.Module:

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import AttachError, ConfigError, VeneerWarning
+from veneer.layers.weights import is_quantised, store_of
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import check_model, overlay_of
 
 _HALF = (torch.float16, torch.bfloat16)
 PACKED = ("Params4bit",)  # 4-bit weights, whose container may have a half-precision dtype
-_KEEPS_HALF = ("gptq", "aqlm", "eetq", "hqq", "torchao")  # methods that need the dtypes their model was loaded with
+# methods that need the dtypes their model was loaded with
+_KEEPS_HALF = ("gptq", "aqlm", "awq", "eetq", "hqq", "torchao", "quanto")
 
 
 def prepare_model_for_kbit_training(
@@ -24,8 +26,8 @@ def prepare_model_for_kbit_training(
     """Make a quantised transformers model ready for an adapter (QLoRA, https://arxiv.org/abs/2305.14314); returns it.
 
     All parameters are frozen. Those in float16 or bfloat16 that are not quantised (norms, embeddings) become float32,
-    unless the model was quantised by GPTQ, AQLM, EETQ, HQQ or torchao. Then gradient checkpointing is switched on
-    and, where it is the reentrant kind, gradients for the inputs.
+    unless the model was quantised by GPTQ, AQLM, AWQ, EETQ, HQQ, torchao or quanto, whose layers compute in one dtype.
+    Then gradient checkpointing is switched on and, where it is the reentrant kind, gradients for the inputs.
 
     auto_clear_cache  give the memory of the half-precision copies back to the accelerator
 
@@ -38,7 +40,7 @@ def prepare_model_for_kbit_training(
     model.requires_grad_(False)
     if method not in _KEEPS_HALF:
         for parameter in model.parameters():
-            if parameter.dtype in _HALF and type(parameter).__name__ not in PACKED:
+            if parameter.dtype in _HALF and _is_plain(parameter):
                 parameter.data = parameter.data.to(torch.float32)
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -76,14 +78,15 @@ def _is_plain(parameter: Tensor) -> bool:
 
 
 def _quantisation(model: Any) -> str | None:
-    """How transformers says that a model is quantised; None if it is not."""
+    """How transformers says that a model is quantised, or by whose weights it is; None if it is not."""
     method = getattr(model, "quantization_method", None)
     if method in _KEEPS_HALF:
         return str(getattr(method, "value", method))
     if getattr(model, "hqq_quantized", False):
         return "hqq"
-    kbit = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
-    return "bitsandbytes" if kbit else None
+    if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
+        return "bitsandbytes"
+    return next((store_of(module).name for module in model.modules() if is_quantised(module)), None)
 
 
 def _switch_on_checkpointing(model: Any, options: dict[str, Any]) -> None:

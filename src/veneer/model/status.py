@@ -15,7 +15,7 @@ from veneer.layers.kinds import Layer
 from veneer.layers.route import Route
 from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
-from veneer.layers.weights import store_of, stored
+from veneer.layers.weights import is_quantised, store_of, stored
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import adapted_part, overlay_needed
 from veneer.model.report import count_parameters
@@ -175,7 +175,7 @@ def _path_of(part: nn.Module, model: nn.Module) -> str:
 
 def _backend(layer: nn.Module) -> str | None:
     """The name of the store that keeps the weight, or of the weight's own class; None for plain numbers."""
-    if "weight" not in layer._parameters:
+    if "weight" not in layer._parameters and not is_quantised(layer):
         return None
     try:
         name = store_of(layer).name

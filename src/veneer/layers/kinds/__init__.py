@@ -16,6 +16,7 @@ from veneer.layers.kinds.convolution import CONV1D, CONV2D, CONV3D
 from veneer.layers.kinds.embedding import EMBEDDING
 from veneer.layers.kinds.kind import Kind, Layer, Number, Shape
 from veneer.layers.kinds.linear import LINEAR
+from veneer.layers.kinds.packed import PACKED, PACKED_CLASSES
 from veneer.layers.kinds.parameter import ATTENTION, Stack, parameter_kind
 from veneer.layers.kinds.transposed import TRANSPOSED
 
@@ -27,6 +28,7 @@ KINDS: dict[str, Kind] = {
     "torch.nn.modules.conv.Conv2d": CONV2D,
     "torch.nn.modules.conv.Conv3d": CONV3D,
     "transformers.pytorch_utils.Conv1D": TRANSPOSED,
+    **dict.fromkeys(PACKED_CLASSES, PACKED),
 }
 
 
@@ -65,6 +67,7 @@ __all__ = [
     "EMBEDDING",
     "KINDS",
     "LINEAR",
+    "PACKED",
     "TRANSPOSED",
     "Kind",
     "Layer",

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import MergeError
-from veneer.layers.kinds import Layer
+from veneer.layers.kinds import PACKED, Layer, kind_of
 from veneer.layers.weights import offloaded
 from veneer.layers.weights.bitsandbytes import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT
 from veneer.layers.weights.dense import DENSE
+from veneer.layers.weights.hqq import HQQ
 from veneer.layers.weights.offloaded import OFFLOADED, Elsewhere, is_offloaded
 from veneer.layers.weights.quanto import QUANTO
 from veneer.layers.weights.rounding import Loss, loss_of
@@ -22,6 +23,7 @@ STORES: tuple[Store, ...] = (
     TORCHAO,
     TORCHAO_TO_READ,
     QUANTO,
+    HQQ,
 )
 
 
@@ -45,8 +47,10 @@ def home(layer: Layer, parameter: str = "weight") -> torch.device:
 
 
 def stored(layer: Layer, parameter: str = "weight") -> Tensor:
-    """The weight as the layer keeps it, quantised or not, without any adapter."""
+    """The weight as the layer keeps it, quantised or not, without any adapter; of a packed layer, a part of it."""
     registered = layer._parameters.get(parameter)
+    if registered is None and kind_of(layer) is PACKED:
+        return next(tensor for tensor in (*layer._buffers.values(), *layer._parameters.values()) if tensor is not None)
     return getattr(layer, parameter) if registered is None else registered
 
 
@@ -68,7 +72,7 @@ def check_writable(layer: Layer, parameter: str, what: str, *, requantize: bool 
     store = store_of(layer, parameter)
     if not store.is_quantised or (requantize and store.quantise is not None):
         return
-    kept_as = type(layer._parameters[parameter]).__name__
+    kept_as = type(stored(layer, parameter)).__name__ if parameter in layer._parameters else store.name
     problem = f"The weight of {what} is quantised ({kept_as}), and rounding it again would lose part of the adapter. "
     remedy = "Load the base unquantised (in bfloat16, say), load the adapter on it, and merge there"
     if store.quantise is None:

@@ -44,4 +44,4 @@ def _write(layer: Layer, parameter: str, weight: Tensor) -> None:
     layer._parameters[parameter] = weight
 
 
-QUANTO = Store("quanto", _holds, _read, _write, _quantise, _value)
+QUANTO = Store("quanto", _holds, _read, _write, _quantise, _value, is_quantised=True)

@@ -20,8 +20,9 @@ class Store:
               the store is quantised, W is what `quantise` gave, or what the layer had before. None if the store only
               reads
     quantise  (layer, parameter, W) -> W rounded to the form in which the layer keeps its weight, as a parameter that
-              carries all it takes to read it; changes nothing. None if the store keeps W as it is, or only reads
-    value     (such a parameter) -> what it stands for, in floating point; None if the store keeps W as it is
+              carries all it takes to read it; changes nothing
+    value     (such a parameter) -> what it stands for, in floating point
+    is_quantised  whether the weight is kept in few bits, so that what is written would be rounded
     """
 
     name: str
@@ -30,8 +31,4 @@ class Store:
     write: Callable[[Layer, str, Tensor], None] | None
     quantise: Callable[[Layer, str, Tensor], nn.Parameter] | None = None
     value: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether what is written is rounded to few bits."""
-        return self.value is not None
+    is_quantised: bool = False

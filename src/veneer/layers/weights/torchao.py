@@ -115,5 +115,5 @@ def rounds_inputs(weight: object) -> bool:
     return _is_torchao(weight) and any(getattr(weight, name, None) is not None for name in _ROUNDS_INPUTS)
 
 
-TORCHAO = Store("torchao", _holds, _read, _write, _quantise, _value)
-TORCHAO_TO_READ = Store("torchao", _holds_to_read, _read, None, None, _value)
+TORCHAO = Store("torchao", _holds, _read, _write, _quantise, _value, is_quantised=True)
+TORCHAO_TO_READ = Store("torchao", _holds_to_read, _read, None, None, _value, is_quantised=True)
