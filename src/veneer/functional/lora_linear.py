@@ -9,12 +9,14 @@ The plain twin is `F.linear(x, W, bias) + update_linear(x, A, B, scale)`. What i
 - `project` gives x on to the frozen layer, so in the backward pass it receives the frozen layer's gradient of x, and
   adds the update's into it. It keeps x once for all its A's.
 - Dropout is a seed (see dropout.py), and its places are put back after the sum instead of making one without them.
+- `frozen_layer` is `frozen_linear` for a layer that computes x Wᵀ + bias in a way of its own, from few bits say: it
+  reads W when a gradient needs it and keeps none.
 
 Differentiable twice: where a graph of the gradients is asked for, the backward passes are plain sums and products.
 Shapes: `...` leading dimensions, T their product; I in, O out, R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +44,28 @@ def frozen_linear(x: Tensor, W_OI: Tensor, bias: Tensor | None, h: Tensor, B_OR:
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, h, B_OR))):
         return _with_update(x, W_OI, bias, h, B_OR, scale)
     return _FrozenLinear.apply(x, W_OI, bias, h, B_OR, scale)  # type: ignore[return-value]
+
+
+def frozen_layer(
+    x: Tensor, run: Callable[[Tensor], Tensor], read: Callable[[], Tensor], h: Tensor, B_OR: Tensor, scale: float
+) -> Tensor:
+    """run(x) + s · h Bᵀ, of shape (..., O), for a layer none of whose parameters gets a gradient.
+
+    run   x -> x Wᵀ + bias as the layer computes it, a tensor of its own
+    read  () -> W of shape (O, I), which the gradient of x is made with
+    """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, h, B_OR))):
+        return _on_top(run(x), h, B_OR, scale)
+    return _FrozenLayer.apply(x, run, read, h, B_OR, scale)  # type: ignore[return-value]
+
+
+def _on_top(y: Tensor, h: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """y + s · h Bᵀ, in y's dtype and in its place."""
+    y = y.contiguous()
+    if y.dtype == h.dtype:
+        y.view(-1, y.shape[-1]).addmm_(_rows(h), B_OR.T, alpha=scale)
+        return y
+    return y.add_(F.linear(h, B_OR).to(y.dtype), alpha=scale)
 
 
 def _projected(x: Tensor, As: Sequence[Tensor], p: float, seed: int) -> list[Tensor]:
@@ -141,3 +165,29 @@ class _FrozenLinear(Function):
         g_h = ((g_T @ B_OR) * ctx.scale).view(h.shape) if for_h else None
         g_B = (g_T.T @ _rows(h)) * ctx.scale if for_B else None
         return g_x, None, g_bias, g_h, g_B, None
+
+
+class _FrozenLayer(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        run: Callable[[Tensor], Tensor],
+        read: Callable[[], Tensor],
+        h: Tensor,
+        B_OR: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(h, B_OR)
+        ctx.scale, ctx.read, ctx.shape = scale, read, x.shape
+        return _on_top(run(x), h, B_OR, scale).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        h, B_OR = ctx.saved_tensors
+        for_x, _, _, for_h, for_B, _ = ctx.needs_input_grad
+        g_T = _rows(grad_outputs[0]).to(h.dtype)
+        g_x = (g_T @ ctx.read().to(g_T.dtype)).view(ctx.shape) if for_x else None
+        g_h = ((g_T @ B_OR) * ctx.scale).view(h.shape) if for_h else None
+        g_B = (g_T.T @ _rows(h)) * ctx.scale if for_B else None
+        return g_x, None, None, g_h, g_B, None

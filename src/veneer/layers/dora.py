@@ -10,7 +10,7 @@ from torch import Tensor
 from veneer.functional import dora, dora_dropout, lowrank
 from veneer.functional.dropout import new_seed
 from veneer.functional.transforms import is_plain, is_transformed
-from veneer.layers.fast_path import as_computed, frozen_with_update
+from veneer.layers.fast_path import as_computed, frozen_with_update, is_dense
 from veneer.layers.kinds import Kind, Layer
 from veneer.layers.kinds.kind import last_dimension, linear_base_update
 from veneer.layers.norms import gain
@@ -33,7 +33,7 @@ def forward(adapter: "Adapter", x: Tensor, y: Tensor, layer: Layer, p: float) ->
 
 def whole(adapter: "Adapter", x: Tensor, layer: Layer) -> Tensor:
     """The output of a layer that takes the fast path, with the adapter."""
-    g_O = gain(adapter, layer, layer.weight)
+    g_O = gain(adapter, layer, layer.weight if is_dense(layer) else read(layer))
     if not (adapter.training and adapter.dropout):
         return dora.with_gain(frozen_with_update(layer, adapter, x), g_O, layer.bias)
     p, (x, W, bias) = adapter.dropout, as_computed(layer, x)

@@ -36,7 +36,7 @@ def warn_of_stacks(structure: Structure, config: LoraConfig, saved: list[str]) -
         for name, weight in stacks(structure).items()
         if not inside(name, saved) and not drops(name) and not drops(name.rpartition(".")[0])
     }
-    share = sum(weight.numel() for weight in left_out.values()) / structure.size
+    share = sum(weight.numel() for weight in left_out.values()) / max(1, structure.size)
     if share < _NOTICEABLE:
         return
     names = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in left_out))

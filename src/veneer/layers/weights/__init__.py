@@ -1,5 +1,7 @@
 """Where a layer's weight is kept and how it is read and written; `STORES` is the table."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,19 @@ def stored(layer: Layer, parameter: str = "weight") -> Tensor:
 def read(layer: Layer, parameter: str = "weight") -> Tensor:
     """A weight of the layer as a floating-point tensor, as the layer itself uses it."""
     return store_of(layer, parameter).read(layer, parameter)
+
+
+def reader(layer: Layer, parameter: str = "weight") -> Callable[[], Tensor]:
+    """A function that reads the quantised weight of now, also after another has taken its place."""
+    weight, store = layer._parameters.get(parameter), store_of(layer, parameter)
+
+    def read_now() -> Tensor:
+        if weight is None or layer._parameters.get(parameter) is weight:
+            return store.read(layer, parameter)
+        assert store.value is not None
+        return store.value(weight)
+
+    return read_now
 
 
 def is_quantised(layer: Layer, parameter: str = "weight") -> bool:
@@ -146,6 +161,7 @@ __all__ = [
     "put_back",
     "quantised",
     "read",
+    "reader",
     "rounds_inputs",
     "store_of",
     "stored",
