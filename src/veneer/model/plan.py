@@ -148,6 +148,11 @@ def _why_not_saved(module: nn.Module, path: str, overlay: Overlay | None) -> lis
         problems.append(f"modules_to_save: {path} holds layers that another adapter adapts")
     if any(is_saved(child) for child in list(module.modules())[1:]):
         problems.append(f"modules_to_save: {path} holds a module that another adapter trains in full")
+    if any(is_quantised(part) for part in module.modules()):
+        problems.append(
+            f"modules_to_save: {path} is quantised, and rounded numbers cannot be trained; leave it out when the model "
+            "is quantised (llm_int8_skip_modules or modules_to_not_convert of its quantization_config)"
+        )
     if isinstance(module, CONTAINERS):
         problems.append(f"modules_to_save: {path} is a {type(module).__name__}, never called itself; name its parts")
     if any(map(has_rows, module.modules())):

@@ -34,6 +34,11 @@ def store_of(layer: Layer, parameter: str = "weight") -> Store:
     for store in STORES:
         if store.holds(layer, parameter):
             return store
+    if (kept := layer._parameters.get(parameter)) is not None and kept.is_meta:
+        raise MergeError(
+            f"The weight of a {type(layer).__name__} has no value here just now (it is on the meta device, or quantised "
+            "and offloaded), so it cannot be read or merged. Load the model such that it stays on a device."
+        )
     raise MergeError(
         f"The weight of a {type(layer).__name__} is not a plain tensor of floating-point numbers (it is quantised, or "
         "computed from others), so it cannot be read or merged yet. Plain LoRA over it works; for DoRA or a merge load "
