@@ -65,9 +65,11 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("form", FORMS)
-def test_outputs_and_gradients_are_the_plain_formulas(form, rule):
+def test_outputs_and_gradients_are_the_plain_formulas(form, rule, monkeypatch):
     layer = made(form, bias=True)
     plain = formula(layer)
+    if rule == "dropout under DoRA":  # the plain path here, for a plain layer the fast one, which drops by a seed
+        monkeypatch.setattr("veneer.layers.attach.takes_fast_path", lambda *_: False)
     ours = results(adapted(layer, **RULES[rule]), inputs())
     expected = results(adapted(plain, **RULES[rule]), inputs())
     for one, other in zip(ours, expected, strict=True):

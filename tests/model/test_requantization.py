@@ -76,17 +76,20 @@ def test_the_original_gets_the_scale_of_now_and_all_that_is_named(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("prepare", "why"),
+    ("name", "why"),
     [
-        (lambda base, folder: setattr(base, "name_or_path", "nobody/nothing"), "neither a folder nor in the hub's cache"),
-        (lambda base, folder: setattr(base, "name_or_path", ""), "does not say what it was loaded from"),
-        (lambda base, folder: base.save_pretrained(folder) or setattr(base, "name_or_path", str(folder)), "quantised already"),
-        (lambda base, folder: setattr(base, "name_or_path", str(folder)), "no config.json"),
+        ("nobody/nothing", "neither a folder nor in the hub's cache"),
+        ("", "does not say what it was loaded from"),
+        ("SAVED", "is quantised already"),
+        ("EMPTY", "has no config.json"),
     ],
 )
-def test_without_the_original_both_ways_are_named(checkpoint, tmp_path, prepare, why):
+def test_without_the_original_both_ways_are_named(checkpoint, tmp_path, name, why):
     base = loaded(checkpoint, "torchao int8")
-    prepare(base, tmp_path)
+    for folder in ("SAVED", "EMPTY"):
+        (tmp_path / folder).mkdir()
+    base.save_pretrained(tmp_path / "SAVED")
+    base.name_or_path = str(tmp_path / name) if name.isupper() else name
     model = tiny.shake(adapted(base))
     before = logits(model)
     with pytest.raises(MergeError, match=rf"{why}.*Load the base unquantised.*or pass requantize=True"):

@@ -53,9 +53,8 @@ def takes_fast_path(layer: Layer, adapter: "Adapter", x: Tensor) -> bool:
     if not is_dense(layer):
         cast = _is_cast_away(x) or _why_dtypes(x.dtype, adapter.lora_A.dtype) is not None
         return not cast and x.numel() > 0 and not (adapter.training and adapter.dropout > _MOST_DROPPED)
-    return (
-        (x.dtype == layer.weight.dtype or _is_cast(layer, x))
-        and not (adapter.training and adapter.dropout > _MOST_DROPPED)
+    return (x.dtype == layer.weight.dtype or _is_cast(layer, x)) and not (
+        adapter.training and adapter.dropout > _MOST_DROPPED
     )
 
 
@@ -125,7 +124,7 @@ def _beneath(layer: Layer) -> Callable[[Tensor], Tensor]:
     """The layer's own forward, without adapters."""
     from veneer.layers.attach import Adapted
 
-    return super(Adapted, layer).forward
+    return super(Adapted, layer).forward  # type: ignore[misc]
 
 
 def _is_cast(layer: Layer, x: Tensor) -> bool:

@@ -61,13 +61,14 @@ def _class(name: str, front: type[Front], base: type[nn.Module], members: dict[s
     made = type(name, (front, base), members)
     if nn.Module in _layouts(base):
         return made
-    order, meta = made.__mro__[1:], type(made)
+    order, turned, meta = made.__mro__[1:], (base, front), type(made)
 
-    class InFront(meta):
+    class InFront(meta):  # type: ignore[misc]
         def mro(cls) -> list[type]:
-            return [cls, *order] if cls.__bases__ == (base, front) else super().mro()
+            return [cls, *order] if cls.__bases__ == turned else super().mro()
 
-    return InFront(name, (base, front), members)
+    bases: tuple[type, ...] = turned
+    return InFront(name, bases, members)
 
 
 def _layouts(cls: type) -> Iterator[type]:

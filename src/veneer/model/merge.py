@@ -22,7 +22,6 @@ from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remo
 from veneer.model.merge_shared import Sources, check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
 
-
 Losses = dict[str, Loss]  # what rounding again costs, by the layer's path
 
 
@@ -140,9 +139,7 @@ def _merge_again(apart: list[tuple[Layer, tuple[str, ...]]]) -> None:
 
 
 @one_at_a_time
-def merge_and_remove(
-    model: nn.Module, names: Sequence[str] | None = None, losses: Losses | None = None
-) -> nn.Module:
+def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None, losses: Losses | None = None) -> nn.Module:
     """Fold adapters (the merged or active ones, unless named) into the weights for good, and take every adapter off.
 
     losses  as for `merge`

@@ -120,7 +120,9 @@ def _log_probabilities(model: nn.Module, sample: Any) -> Iterator[Tensor]:
             answer = model(one["input_ids"]) if list(one) == ["input_ids"] else model(**one)
             logits = answer if isinstance(answer, Tensor) else getattr(answer, "logits", None)
             if not isinstance(logits, Tensor):
-                raise ArgumentError(f"The model answers with a {type(answer).__name__}, which has no logits to compare.")
+                raise ArgumentError(
+                    f"The model answers with a {type(answer).__name__}, which has no logits to compare."
+                )
             flat = logits[0].reshape(-1, logits.shape[-1])
             mask = one.get("attention_mask")
             if mask is not None and mask.shape[1] == len(flat):

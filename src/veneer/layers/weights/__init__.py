@@ -36,8 +36,8 @@ def store_of(layer: Layer, parameter: str = "weight") -> Store:
             return store
     if (kept := layer._parameters.get(parameter)) is not None and kept.is_meta:
         raise MergeError(
-            f"The weight of a {type(layer).__name__} has no value here just now (it is on the meta device, or quantised "
-            "and offloaded), so it cannot be read or merged. Load the model such that it stays on a device."
+            f"The weight of a {type(layer).__name__} has no value here just now (it is on the meta device, or "
+            "quantised and offloaded), so it cannot be read or merged. Load the model such that it stays on a device."
         )
     raise MergeError(
         f"The weight of a {type(layer).__name__} is not a plain tensor of floating-point numbers (it is quantised, or "
@@ -106,7 +106,8 @@ def check_writable(layer: Layer, parameter: str, what: str, *, requantize: bool 
 def quantised(layer: Layer, parameter: str, W: Tensor) -> tuple[nn.Parameter, Loss]:
     """A weight rounded to what the layer keeps its own in, ready for `write`, and what that costs. Changes nothing."""
     store = store_of(layer, parameter)
-    assert store.quantise is not None and store.value is not None
+    assert store.quantise is not None
+    assert store.value is not None
     rounded = store.quantise(layer, parameter, W)
     return rounded, loss_of(store.read(layer, parameter), W, store.value(rounded))
 
@@ -149,7 +150,9 @@ def put_back(layer: Layer, parameter: str, original: nn.Parameter | Elsewhere) -
 
 def _moved(original: nn.Parameter, written: Tensor) -> nn.Parameter:
     """A quantised weight where another is, with all that belongs to it."""
-    there = original.to(written.device) if original.dtype == written.dtype else original.to(written.device, written.dtype)
+    there = (
+        original.to(written.device) if original.dtype == written.dtype else original.to(written.device, written.dtype)
+    )
     return there if isinstance(there, nn.Parameter) else nn.Parameter(there, requires_grad=False)
 
 

@@ -104,5 +104,9 @@ def _write_4bit(layer: Layer, parameter: str, weight: Any) -> None:
     layer.quant_state = weight.quant_state  # from which bitsandbytes takes it where FSDP has rebuilt the parameter
 
 
-BITSANDBYTES_8BIT = Store("bnb 8bit", _holds_8bit, _read_8bit, _write_8bit, _quantise_8bit, _value_8bit, is_quantised=True)
-BITSANDBYTES_4BIT = Store("bnb 4bit", _holds_4bit, _read_4bit, _write_4bit, _quantise_4bit, _value_4bit, is_quantised=True)
+BITSANDBYTES_8BIT = Store(
+    "bnb 8bit", _holds_8bit, _read_8bit, _write_8bit, _quantise_8bit, _value_8bit, is_quantised=True
+)
+BITSANDBYTES_4BIT = Store(
+    "bnb 4bit", _holds_4bit, _read_4bit, _write_4bit, _quantise_4bit, _value_4bit, is_quantised=True
+)
