@@ -67,8 +67,8 @@ def _class(name: str, front: type[Front], base: type[nn.Module], members: dict[s
         def mro(cls) -> list[type]:
             return [cls, *order] if cls.__bases__ == turned else super().mro()
 
-    bases: tuple[type, ...] = turned
-    return InFront(name, bases, members)
+    make: Any = InFront
+    return make(name, turned, members)
 
 
 def _layouts(cls: type) -> Iterator[type]:

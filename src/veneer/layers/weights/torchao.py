@@ -1,6 +1,7 @@
 """Weights that torchao keeps in few bits: tensors of its own classes, in layers that are `torch.nn.Linear` still."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from veneer.layers.kinds import Layer
 from veneer.layers.weights.store import Store
 
+_INPUTS = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
 _ROUNDS_INPUTS = ("act_quant_kwargs", "activation_quantization")  # what the classes call that
 
 
@@ -17,28 +19,31 @@ def _is_torchao(weight: object) -> bool:
 
 
 def _int8(weight: Any, W: Tensor) -> Tensor:
-    return type(weight).from_hp(
-        W,
-        _granularity(weight),
-        _mapping(weight),
-        act_quant_kwargs=weight.act_quant_kwargs,
-        act_quant_scale=weight.act_quant_scale,
-        act_quant_zero_point=weight.act_quant_zero_point,
-        act_pre_scale=weight.act_pre_scale,
-        reduce_range=weight.reduce_range,
-    )
+    form = {name: getattr(weight, name) for name in (*_INPUTS, "reduce_range")}
+    make = partial(type(weight).from_hp, W, _granularity(weight), _mapping(weight), **form)
+    return _nearer(W, make(), make(scale=weight.scale, zero_point=weight.zero_point))
 
 
 def _intx(weight: Any, W: Tensor) -> Tensor:
-    def made(**options: Any) -> Any:
-        size, kind = tuple(weight.block_size), weight.target_dtype
-        return type(weight).from_hp(W, size, kind, activation_quantization=weight.activation_quantization, **options)
+    form = {"activation_quantization": weight.activation_quantization}
+    make = partial(type(weight).from_hp, W, tuple(weight.block_size), weight.target_dtype, **form)
 
-    found = made(mapping_type=_mapping(weight))
-    if found.scale.dtype == weight.scale.dtype:
-        return found
-    scales = {"custom_scale": found.scale.to(weight.scale.dtype), "custom_zero_point": found.zero_point}
-    return made(intx_choose_qparams_algorithm=None, **scales)
+    def scaled(scale: Tensor, zero_point: Tensor) -> Tensor:
+        return make(intx_choose_qparams_algorithm=None, custom_scale=scale, custom_zero_point=zero_point)
+
+    found = make(mapping_type=_mapping(weight))
+    if found.scale.dtype != weight.scale.dtype:
+        found = scaled(found.scale.to(weight.scale.dtype), found.zero_point)
+    return _nearer(W, found, scaled(weight.scale, weight.zero_point))
+
+
+def _nearer(W: Tensor, *made: Any) -> Tensor:
+    """Of weights with scales of their own and with those of before, the nearer one.
+
+    torchao's scales reach a step further on one side than on the other: found anew from rounded numbers they come out
+    smaller, and every number is rounded again.
+    """
+    return min(made, key=lambda one: float(torch.linalg.vector_norm(one.dequantize() - W)))
 
 
 def _float8(weight: Any, W: Tensor) -> Tensor:
