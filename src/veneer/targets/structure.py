@@ -7,7 +7,7 @@ from torch import nn
 
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import Adapters
-from veneer.layers.kinds import ATTENTION, KINDS, class_names, kind_of
+from veneer.layers.kinds import ATTENTION, KINDS, PACKED, class_names, kind_of
 from veneer.layers.saved_module import Copies
 from veneer.layers.swap import base_class
 from veneer.layers.token_rows import RowsByAdapter
@@ -42,7 +42,7 @@ class Structure:
         kind = kind_of(module)
         if kind is None:
             inside = dict.fromkeys(p.rpartition(".")[2] for p in self.layers if p.startswith(f"{path}."))
-            known = ", ".join(sorted(name.rpartition(".")[2] for name in KINDS))
+            known = ", ".join(sorted(name.rpartition(".")[2] for name, kind in KINDS.items() if kind is not PACKED))
             hint = f"it holds {', '.join(inside)}; name those" if inside else f"{known} are"
             own = [name for name, weight in module._parameters.items() if weight is not None and weight.dim() in (2, 3)]
             if own and not inside:
