@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from veneer.errors import AttachError
 from veneer.layers.kinds import Layer
+from veneer.layers.sharded import is_sharded
 
 
 class StandIns:
@@ -43,6 +45,11 @@ class StandIns:
 
     def _exchange(self, model: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         """Put the values that are kept in place of those that are there; returns the parameter that has them."""
+        if is_sharded(parameter):
+            raise AttachError(
+                f"The adapter has its own values of {name}, a weight of the base, and these cannot be exchanged while "
+                "the model is sharded: such an adapter acts all the time."
+            )
         incoming = self._other[name]
         if self.in_place:
             self._other[name] = parameter.data

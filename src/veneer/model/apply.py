@@ -31,6 +31,7 @@ from veneer.model.overlay import (
 )
 from veneer.model.plan import Plan, plan
 from veneer.model.renamed.targets import with_names_of_today
+from veneer.model.sharded import check_whole
 from veneer.model.statistics import forget_statistics, kept_statistics
 from veneer.model.tensors import copy_besides_factors
 from veneer.model.waiting import stop_waiting, wait_for_data
@@ -185,6 +186,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     overlay.check_names([name])
     if name in overlay.route.in_weights:
         raise MergeError(f"Adapter {name!r} cannot be removed while it is merged: call unmerge_adapter() first.")
+    check_whole(model, f"Adapter {name!r} cannot be removed", "Let it rest (set_adapter, disable_adapter).")
     forget_adapter(model, overlay, name)
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))
