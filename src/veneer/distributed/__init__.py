@@ -1,1 +1,7 @@
 """Many processes: what a model spread over several devices needs."""
+
+from veneer.distributed.gloo import wait_for_gloo
+from veneer.distributed.shard import shard
+from veneer.model.ranks import all_ranks
+
+__all__ = ["all_ranks", "shard", "wait_for_gloo"]

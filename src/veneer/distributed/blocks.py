@@ -102,10 +102,11 @@ def _by_dtype(path: str, module: nn.Module, taken: set[int]) -> Iterator[Group]:
         raise AttachError(bullet_list(headline, [*shortened(of), advice]))
     apart: dict[torch.dtype, list[tuple[str, nn.Module]]] = {}
     for name, copy in copies.values():
-        own = _trained_dtypes(copy.modules())
+        own = {parameter.dtype for parameter in copy.parameters()}
         if len(own) > 1:
             raise AttachError(f"{name}, a copy trained in full, has several dtypes. Bring it to one before sharding.")
-        if own and dtypes and own != dtypes:
+        dtypes = dtypes or own
+        if own and own != dtypes:
             apart.setdefault(next(iter(own)), []).append((name, copy))
     for found in apart.values():
         yield Group(found[0][0], [copy for _, copy in found])

@@ -30,7 +30,7 @@ def whole(tensor: Any) -> Tensor:
 
 def local(tensor: Any) -> Tensor:
     """What of the tensor is on this rank, to be read or changed in place: all of it, if it is not spread."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
 def rows_here(tensor: Any) -> slice:
