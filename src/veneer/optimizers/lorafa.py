@@ -102,7 +102,7 @@ def _check_factors(adapters: dict[str, Adapter]) -> None:
                 [*other, "Leave them out of the target names."],
             )
         )
-    zero = [path for path, adapter in adapters.items() if not adapter.lora_A.any()]
+    zero = [path for path, adapter in adapters.items() if not whole(adapter.lora_A).any()]
     if zero:
         raise ConfigError(
             bullet_list(
