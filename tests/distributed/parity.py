@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -57,6 +58,22 @@ def mixtral() -> nn.Module:
     return families.FAMILIES["mixtral"].model()
 
 
+def nf4() -> nn.Module:
+    """In 4 bits with doubly quantised scales, never reordered for a CPU, which happens in evaluation."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0))
+    for path, linear in [(path, m) for path, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)]:
+        how = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": torch.float32}
+        layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, **how)
+        layer.weight = Params4bit(linear.weight.data, requires_grad=False, module=layer, **how)
+        layer.support_avx512bf16_for_cpu = False
+        model.model.layers.set_submodule(path, layer.to("cpu"))
+    return model
+
+
 TARGETS = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 EXPERTS = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
 CASES = {
@@ -67,6 +84,7 @@ CASES = {
     "ddp lorafa": Case(LORA, spread="ddp", optimizer="lorafa"),
     "lora": Case(LORA),
     "lora, blocks kept": Case(LORA, options={"reshard_after_forward": False}),
+    "copies of shards": Case(LORA),
     "checkpointing": Case(LORA, checkpointing=True),
     "dora": Case({**LORA, "use_dora": True}),
     "rslora, patterns": Case({**TARGETS, "use_rslora": True, "rank_pattern": {"q_proj": 3}, "use_dora": True}),
@@ -81,14 +99,19 @@ CASES = {
     "replicated layers": Case({**TARGETS, "layer_replication": [(0, 2), (1, 3)]}, three_layers),
     "bfloat16 base": Case(TARGETS, half, bound=0.05),
     "bfloat16 copies": Case({**TARGETS, "modules_to_save": ["lm_head", "input_layernorm"]}, half, bound=0.05),
+    "nf4": Case({**LORA, "use_dora": True}, nf4),
     "lorafa": Case(TARGETS, optimizer="lorafa"),
     "lorafa dora saved": Case({**TARGETS, "use_dora": True, "modules_to_save": ["norm"]}, optimizer="lorafa"),
     "lora+": Case(TARGETS, optimizer="lora+"),
 }
 
 
+def built(case: Case) -> nn.Module:
+    return case.build() if case.build in (half, nf4) else case.build().float()
+
+
 def made(case: Case) -> nn.Module:
-    model = case.build().float() if case.build not in (half,) else case.build()
+    model = built(case)
     torch.manual_seed(1)
     model = veneer.get_peft_model(model, veneer.LoraConfig(lora_dropout=0.0, **case.config))
     if case.checkpointing:
@@ -135,12 +158,13 @@ def check(name: str, case: Case, folder: Path) -> None:
     whole = made(case)
     spread = copy.deepcopy(whole)
     start = {key: value.clone() for key, value in veneer.get_peft_model_state_dict(whole).items()}
-    expected = run(case, whole, optimizer_of(case, whole), batches)
+    alone = optimizer_of(case, whole)
+    expected = run(case, whole, alone, batches)
     if case.spread == "ddp":
         optimizer = optimizer_of(case, spread)
         called = nn.parallel.DistributedDataParallel(spread)
     else:
-        mesh = init_device_mesh("cpu", (2, ranks // 2)) if "copies of shards" in name else None
+        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copy", "shard")) if name == "copies of shards" else None
         called = veneer.shard(spread, mesh, **case.options)
         optimizer = optimizer_of(case, spread)
     losses = averaged(run(case, called, optimizer, batches[:, 2 * rank : 2 * rank + 2]))
@@ -150,6 +174,10 @@ def check(name: str, case: Case, folder: Path) -> None:
     assert apart <= case.bound, f"{name}: adapters differ by {apart:.1e}"
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=case.bound, atol=case.bound)
     check_use(name, case, whole, called, batches[0], folder)
+    mine = batches[:1, 2 * rank : 2 * rank + 2]
+    again = averaged(run(case, called.train(), optimizer, mine)), run(case, whole.train(), alone, batches[:1])
+    torch.testing.assert_close(*map(torch.as_tensor, again), check_dtype=False, rtol=case.bound, atol=case.bound)
+    check_use(name, case, whole, called, batches[1], folder)  # what evaluation keeps (DoRA's norms) is not kept too long
     if rank == 0:
         print(f"{name}: {apart:.1e}", flush=True)
 
@@ -163,7 +191,7 @@ def check_use(name: str, case: Case, whole: Any, called: Any, ids: Tensor, folde
         return
     place = folder / name.replace(" ", "-")
     called.save_pretrained(place)
-    again = veneer.PeftModel.from_pretrained(case.build().float() if case.build is not half else case.build(), place)
+    again = veneer.PeftModel.from_pretrained(built(case), place)
     with torch.no_grad():
         loaded = again(input_ids=ids).logits
     torch.testing.assert_close(loaded, expected, rtol=case.bound, atol=20 * case.bound)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from veneer.errors import AdapterFileError, ConfigError, MissingPackageError, bullet_list, shortened
 from veneer.layers.attach import Adapters
 from veneer.layers.saved_module import Copies
-from veneer.layers.sharded import is_sharded
+from veneer.layers.sharded import is_sharded, reshard
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.overlay import adapted_part, overlay_needed
 from veneer.model.ranks import all_ranks, is_first
@@ -116,6 +116,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Optimizer |
 
 def _values(part: nn.Module) -> dict[str, Tensor]:
     """What adapters have of their own and what else trains, by its name in the model: the tensors themselves."""
+    reshard(part)
     ours = tuple(
         f"{path}." for path, module in part.named_modules() if isinstance(module, Adapters | Copies | RowsByAdapter)
     )

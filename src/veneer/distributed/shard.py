@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from veneer.distributed.blocks import Group, groups_of
+from veneer.distributed.quantised import prepare_shards, why_not_shards
 from veneer.distributed.same import check_same, take_from_first
 from veneer.errors import AdapterNameError, AttachError, bullet_list, shortened
 from veneer.layers.weights.offloaded import offloading_hook
@@ -15,8 +16,6 @@ from veneer.model.overlay import adapted_part, overlay_needed
 from veneer.model.ranks import all_ranks
 from veneer.model.sharded import is_sharded_model
 from veneer.model.wrapped import inwards
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def shard(
@@ -58,6 +57,7 @@ def shard(
     with all_ranks("comparing the models of all processes", ranks):
         check_same(part, ranks)
     take_from_first(part, mesh)
+    prepare_shards(part)
     options = {
         "reshard_after_forward": reshard_after_forward,
         "mp_policy": mp_policy,
@@ -94,7 +94,7 @@ def _planned(model: nn.Module) -> tuple[nn.Module, list[Group]]:
         ) from None
     if is_sharded_model(part):
         raise AttachError("The model is sharded already.")
-    if problems := [*_unready(part), *_unshardable(part)]:
+    if problems := [*_unready(part), *why_not_shards(part)]:
         raise AttachError(bullet_list("The model cannot be sharded:", shortened(problems)))
     return part, groups_of(part)
 
@@ -117,23 +117,4 @@ def _unready(part: nn.Module) -> list[str]:
     real = [name for name, parameter in part.named_parameters() if not parameter.is_meta]
     if meta and real:
         problems.append(f"{meta[0]} is on the meta device and {real[0]} is not: load all of the base, or nothing of it")
-    return problems
-
-
-def _unshardable(part: nn.Module) -> list[str]:
-    """Which weights cannot be cut into shards, and what to do about that."""
-    problems = []
-    for name, parameter in part.named_parameters():
-        if parameter.dim() == 0:
-            problems.append(f"{name} is a single number without dimensions: make it a tensor of shape (1,)")
-        kind = type(parameter).__name__
-        if type(parameter) is nn.Parameter and parameter.dtype in _FLOATS:
-            continue
-        if kind == "Params4bit":
-            continue
-        problems.append(
-            f"{name} is quantised ({kind}, {parameter.dtype}), and its scales would not go with its shards: quantise "
-            "to 4 bits by bitsandbytes, shard the base in bfloat16, or use DistributedDataParallel, where each "
-            "device has all of it"
-        )
     return problems

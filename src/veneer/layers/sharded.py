@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_HOME = "torch.distributed.tensor"  # not imported with torch; as long as nobody does, there is no such tensor
+# Not imported with torch; as long as nobody does, there is no such tensor or model.
+_HOME, _FSDP = "torch.distributed.tensor", "torch.distributed.fsdp"
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -21,6 +22,17 @@ def is_sharded(tensor: Any) -> bool:
 def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of these tensors is spread over several devices."""
     return _HOME in sys.modules and any(map(is_sharded, tensors))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the parameters of a sharded model be its shards: a forward without a backward leaves some gathered.
+
+    What is changed in a gathered one is lost. Does nothing to any other model.
+    """
+    fsdp = sys.modules.get(_FSDP)
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Any) -> Tensor:

@@ -15,6 +15,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AttachError, MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, shared_input, token_rows
 from veneer.layers.replication import replicated, replication_of
+from veneer.layers.sharded import reshard
 from veneer.layers.stand_in import StandIns
 from veneer.layers.walk import finder, modules_outside
 from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
@@ -263,6 +264,7 @@ def follow_route(model: nn.Module, overlay: Overlay) -> None:
     Adapters that rest were frozen when they came to: of those only the first and last layers are looked at, which tell
     whether somebody let them all train by hand.
     """
+    reshard(model)
     route, find = overlay.route, finder(model)
     training = {name for name in route.active if overlay.trainable[name]}
     concerned = (

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from veneer.errors import AttachError, VeneerError
-from veneer.layers.sharded import any_sharded, is_sharded, ranks_of
+from veneer.layers.sharded import any_sharded, is_sharded, ranks_of, reshard
 from veneer.model.ranks import all_ranks
 from veneer.model.wrapped import inwards
 
@@ -18,11 +18,13 @@ _DDP, _FSDP1 = nn.parallel.DistributedDataParallel, "torch.distributed.fsdp.full
 
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether parameters of the model are spread over several devices (`fully_shard`, tensor parallelism)."""
+    reshard(model)
     return any_sharded(model.parameters())
 
 
 def ranks_of_model(model: nn.Module) -> list[int] | None:
     """The ranks over which the model's parameters are spread, the first one first; None if they are not."""
+    reshard(model)
     return next((ranks_of(parameter) for parameter in model.parameters() if is_sharded(parameter)), None)
 
 

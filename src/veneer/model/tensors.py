@@ -13,7 +13,7 @@ from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
-from veneer.layers.sharded import is_sharded, put, whole
+from veneer.layers.sharded import is_sharded, put, reshard, whole
 from veneer.layers.weights.offloaded import settle
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
@@ -187,6 +187,7 @@ def adapter_dtypes(model: nn.Module, name: str) -> dict[str, torch.dtype]:
 
 
 def _places(model: nn.Module, name: str) -> dict[str, Place]:
+    reshard(model)
     places: dict[str, Place] = {}
     for site, adapter in adapters_by_site(model, name):
         for part, key in site_keys(site).items():
