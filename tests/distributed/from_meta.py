@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
-from distributed.parity import distance
-
 import veneer
+from distributed.parity import distance
 from veneer.distributed import load_base, wait_for_gloo
 from veneer.errors import AdapterFileError, AttachError
 from veneer.layers.sharded import is_sharded, local

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import families
 import tiny
-
 import veneer
 from veneer.distributed import wait_for_gloo
 
@@ -164,7 +163,11 @@ def check(name: str, case: Case, folder: Path) -> None:
         optimizer = optimizer_of(case, spread)
         called = nn.parallel.DistributedDataParallel(spread)
     else:
-        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copy", "shard")) if name == "copies of shards" else None
+        mesh = (
+            init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copy", "shard"))
+            if name == "copies of shards"
+            else None
+        )
         called = veneer.shard(spread, mesh, **case.options)
         optimizer = optimizer_of(case, spread)
     losses = averaged(run(case, called, optimizer, batches[:, 2 * rank : 2 * rank + 2]))
@@ -177,7 +180,9 @@ def check(name: str, case: Case, folder: Path) -> None:
     mine = batches[:1, 2 * rank : 2 * rank + 2]
     again = averaged(run(case, called.train(), optimizer, mine)), run(case, whole.train(), alone, batches[:1])
     torch.testing.assert_close(*map(torch.as_tensor, again), check_dtype=False, rtol=case.bound, atol=case.bound)
-    check_use(name, case, whole, called, batches[1], folder)  # what evaluation keeps (DoRA's norms) is not kept too long
+    check_use(
+        name, case, whole, called, batches[1], folder
+    )  # what evaluation keeps (DoRA's norms) is not kept too long
     if rank == 0:
         print(f"{name}: {apart:.1e}", flush=True)
 

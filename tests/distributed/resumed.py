@@ -18,7 +18,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
-
 import veneer
 from veneer.distributed import load_checkpoint, save_checkpoint, wait_for_gloo
 

@@ -235,8 +235,8 @@ def _as_json(notes: Mapping[str, Any]) -> str:
         return json.dumps(notes, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"A checkpoint keeps tensors, and besides them what JSON has: numbers, texts, lists, dictionaries ({error}). "
-            "Look at `progress` and the settings of the optimizer."
+            "A checkpoint keeps tensors, and besides them what JSON has: numbers, texts, lists and dictionaries "
+            f"({error}). Look at `progress` and the settings of the optimizer."
         ) from None
 
 

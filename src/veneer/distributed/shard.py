@@ -111,7 +111,8 @@ def _unready(part: nn.Module) -> list[str]:
     offloaded = [path or type(part).__name__ for path, m in part.named_modules() if offloading_hook(m) is not None]
     if offloaded:
         problems.append(
-            f"{offloaded[0]} and {len(offloaded) - 1} more are offloaded by accelerate: load the base without device_map"
+            f"{offloaded[0]} and {len(offloaded) - 1} more are offloaded by accelerate: load the base without "
+            "device_map"
         )
     meta = [name for name, parameter in part.named_parameters() if parameter.is_meta]
     real = [name for name, parameter in part.named_parameters() if not parameter.is_meta]

@@ -120,7 +120,9 @@ class SavingMethods(AdapterMethods):
         if not names:
             raise AdapterNameError("There is nothing to push: the model has no adapter.")
         if how.get("state") is None:
-            check_whole(self.bare, "Nothing was pushed", "Call save_pretrained on all ranks, and push from one process.")
+            check_whole(
+                self.bare, "Nothing was pushed", "Call save_pretrained on all ranks, and push from one process."
+            )
 
         def save(folder: Path, card: Mapping[str, Any]) -> None:
             save_adapters(self.bare, names, folder, card=card, **how)

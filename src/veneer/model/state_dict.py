@@ -19,8 +19,8 @@ from veneer.model.merge import base_in_place
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import DEFAULT, adapted_part, overlay_needed, overlay_of
 from veneer.model.renamed.state import with_todays_names
-from veneer.model.start import START
 from veneer.model.sharded import on_all_ranks
+from veneer.model.start import START
 from veneer.model.tensors import (
     adapter_dtypes,
     adapter_tensors,
