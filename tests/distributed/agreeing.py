@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 agreeing.py FOLDER [nan]
 With `nan` nothing is caught: the program ends as a training run would.
 """
 
+import re
 import sys
 import time
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -35,12 +37,8 @@ from veneer.errors import (
 def fails(what: str, call: Callable[[], Any], *, here: tuple[type[VeneerError], str], there: str = "") -> None:
     """The call raises `here` on rank 1, and on rank 0 the same, or RankError with `there` in it."""
     kind, words = here if dist.get_rank() == 1 or not there else (RankError, there)
-    try:
+    with pytest.raises(kind, match=re.escape(words)):
         call()
-    except VeneerError as error:
-        assert isinstance(error, kind) and words in str(error), f"{what}: {type(error).__name__}: {error}"
-    else:
-        raise AssertionError(f"{what}: no error on rank {dist.get_rank()}")
     if dist.get_rank() == 0:
         print(f"refused: {what}", flush=True)
 
@@ -158,12 +156,9 @@ def check_meetings(rank: int) -> None:
 
     fails("at different places", elsewhere, here=(RankError, "not at the same place"))
     if rank == 0:  # the other does not come; last, for after that the ranks are apart
-        try:
-            with all_ranks("saving", seconds=1):
-                pass
-        except RankError as error:
-            assert "rank 1 did not come within 1 seconds" in str(error), error
-            print("refused: on the first rank only", flush=True)
+        with pytest.raises(RankError, match="rank 1 did not come within 1 seconds"), all_ranks("saving", seconds=1):
+            pass
+        print("refused: on the first rank only", flush=True)
     else:
         time.sleep(2)
 

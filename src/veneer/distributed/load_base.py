@@ -78,7 +78,8 @@ def load_base(model: nn.Module, location: str | Path, *, generator: Generator | 
 
 
 def _mesh_of(part: nn.Module) -> DeviceMesh:
-    mesh = next((p.device_mesh for p in part.parameters() if is_sharded(p)), None)
+    parameters: list[Any] = list(part.parameters())
+    mesh = next((p.device_mesh for p in parameters if is_sharded(p)), None)
     if mesh is None:
         raise AttachError("The model is not sharded: call veneer.shard(model) first, while it is on the meta device.")
     if real := [name for name, parameter in part.named_parameters() if not parameter.is_meta]:

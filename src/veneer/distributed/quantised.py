@@ -35,7 +35,7 @@ def prepare_shards(model: nn.Module) -> None:
         weight = module._parameters.get("weight")
         if weight is not None and _is_4bit(weight):
             layer: Any = module
-            layer.quant_state = weight.quant_state
+            layer.quant_state = layer.weight.quant_state
             if "support_avx512bf16_for_cpu" in vars(module):
                 layer.support_avx512bf16_for_cpu = False
 

@@ -29,10 +29,12 @@ def reshard(model: nn.Module) -> None:
 
     What is changed in a gathered one is lost. Does nothing to any other model.
     """
-    fsdp = sys.modules.get(_FSDP)
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    if _FSDP not in sys.modules:
+        return
+    kind: Any = vars(sys.modules[_FSDP])["FSDPModule"]
+    groups: list[Any] = [module for module in model.modules() if isinstance(module, kind)]
+    for group in groups:
+        group.reshard()
 
 
 def whole(tensor: Any) -> Tensor:

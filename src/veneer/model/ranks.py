@@ -143,6 +143,6 @@ def _absent(key: str, names: Sequence[Any], seconds: float) -> list[Any]:
     return []
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     """The store of the process group, for which torch has no public name."""
     return dist.distributed_c10d._get_default_store()

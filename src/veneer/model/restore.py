@@ -36,12 +36,13 @@ def restore(model: nn.Module, name: str, folder: Path, *, trainable: bool = Fals
     Raises AdapterNameError if its settings are others, AdapterFileError if the file is damaged or does not fit,
     MergeError while it is merged; and then nothing has changed.
     """
-    if differing := _differing(model, name, folder):
-        headline = (
-            f"The model has an adapter {name!r} already, of other settings. Choose another name, delete that one, or "
-            "put the new one in its place with hotswap_adapter:"
-        )
-        raise AdapterNameError(bullet_list(headline, differing))
+    with on_all_ranks(model, f"comparing adapter {name!r} with {folder}"):
+        if differing := _differing(model, name, folder):
+            headline = (
+                f"The model has an adapter {name!r} already, of other settings. Choose another name, delete that one, "
+                "or put the new one in its place with hotswap_adapter:"
+            )
+            raise AdapterNameError(bullet_list(headline, differing))
     _take_values(model, name, folder, trainable=trainable)
 
 
