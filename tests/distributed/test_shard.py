@@ -68,6 +68,11 @@ def test_a_rank_with_a_bad_input_ends_the_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_loss_of_training_under_ddp_is_that_of_one_process():
+    assert finished(torchrun(2, "training_loss.py")).splitlines()[-2:] == ["equal in the head", "equal from the logits"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lorafa"])
 def test_a_run_whose_rank_was_killed_goes_on_with_another_number(tmp_path, optimizer):
     program = str(HERE / "resumed.py")

@@ -88,10 +88,10 @@ def _by_dtype(path: str, module: nn.Module, taken: set[int]) -> Iterator[Group]:
     """
     parts = [(name, part) for name, part in module.named_modules() if id(part) not in taken]
     copies = {
-        id(copy): (f"{path}.{name}".lstrip("."), copy)
+        id(copy): (f"{path}.{name}.{adapter}".lstrip("."), copy)
         for name, part in parts
         if isinstance(part, Copies)
-        for copy in part.children()
+        for adapter, copy in part.named_children()
     }
     inside = {id(part) for _, copy in copies.values() for part in copy.modules()}
     dtypes = _trained_dtypes(part for _, part in parts if id(part) not in inside)
