@@ -16,7 +16,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
-
 import veneer
 from veneer.distributed import wait_for_gloo
 from veneer.train.loss import plain_head, summed_loss

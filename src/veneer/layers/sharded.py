@@ -8,10 +8,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # Not imported with torch; as long as nobody does, there is no such tensor or model.
 _HOME, _FSDP = "torch.distributed.tensor", "torch.distributed.fsdp"
+
+
+def one_of_several() -> bool:
+    """Whether this process is one of a group. Otherwise nothing is sharded, and no model needs to be looked through."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -21,7 +27,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of these tensors is spread over several devices."""
-    return _HOME in sys.modules and any(map(is_sharded, tensors))
+    return one_of_several() and _HOME in sys.modules and any(map(is_sharded, tensors))
 
 
 def reshard(model: nn.Module) -> None:
@@ -29,7 +35,7 @@ def reshard(model: nn.Module) -> None:
 
     What is changed in a gathered one is lost. Does nothing to any other model.
     """
-    if _FSDP not in sys.modules:
+    if not one_of_several() or _FSDP not in sys.modules:
         return
     kind: Any = vars(sys.modules[_FSDP])["FSDPModule"]
     groups: list[Any] = [module for module in model.modules() if isinstance(module, kind)]

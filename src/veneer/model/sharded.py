@@ -5,11 +5,10 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from veneer.errors import AttachError, VeneerError
-from veneer.layers.sharded import any_sharded, is_sharded, ranks_of, reshard
+from veneer.layers.sharded import any_sharded, is_sharded, one_of_several, ranks_of, reshard
 from veneer.model.ranks import all_ranks
 from veneer.model.wrapped import inwards
 
@@ -25,6 +24,8 @@ def is_sharded_model(model: nn.Module) -> bool:
 def ranks_of_model(model: nn.Module) -> list[int] | None:
     """The ranks over which the model's parameters are spread, the first one first; None if they are not."""
     reshard(model)
+    if not one_of_several():
+        return None
     return next((ranks_of(parameter) for parameter in model.parameters() if is_sharded(parameter)), None)
 
 
@@ -45,6 +46,8 @@ def check_whole(model: nn.Module, what: str, instead: str, error: type[VeneerErr
 
 def check_attachable(model: nn.Module) -> None:
     """Raise AttachError if the model was spread over devices already: a new adapter would not be, nor synchronised."""
+    if not one_of_several():
+        return
     instead = "Attach the adapter to the plain model first, and shard it after that: veneer.shard(model)."
     check_whole(model, "An adapter cannot be attached", instead)
     if any(isinstance(one, _DDP) for one in inwards(model)) or _is_inside_ddp(model):
@@ -64,9 +67,7 @@ def check_attachable(model: nn.Module) -> None:
 def _is_inside_ddp(model: nn.Module) -> bool:
     """Whether some DistributedDataParallel of this process has the model, or what holds it.
 
-    The model does not know; so all objects are looked at, but only in a process that is one of several.
+    The model does not know, so all objects are looked at.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
     wrappers = [one for one in gc.get_objects() if issubclass(type(one), _DDP)]
     return any(module is model for wrapper in wrappers for module in wrapper.modules())
