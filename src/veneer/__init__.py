@@ -71,6 +71,7 @@ _HOMES = {
     "save_as_lora": "veneer.model.conversion",
     "set_base_model_state_dict": "veneer.model.state_dict",
     "set_peft_model_state_dict": "veneer.model.state_dict",
+    "shard": "veneer.distributed.shard",
 }
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
         PeftType,
         TaskType,
     )
+    from veneer.distributed.shard import shard
     from veneer.integrations.as_peft import install_as_peft
     from veneer.integrations.auto import (
         AutoPeftModel,
@@ -191,6 +193,7 @@ __all__ = [
     "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shard",
 ]
 
 

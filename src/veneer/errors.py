@@ -8,6 +8,7 @@
     ├── AdapterFileError (ValueError)      an adapter folder that is missing, damaged or does not fit
     ├── AttachError (RuntimeError, ValueError)  a model in a state in which adapters cannot be attached
     ├── MergeError (RuntimeError, ValueError)   a merge that would be wrong
+    ├── RankError (RuntimeError)           another process of a run on many devices failed, or is somewhere else
     ├── AliasError (RuntimeError)          the name `peft` cannot mean Veneer any more in this process
     ├── ArgumentError (TypeError)          an argument of a kind that cannot be meant: a text for a number, say
     ├── DataError (ValueError)             a training row that cannot be used
@@ -53,6 +54,10 @@ class AttachError(VeneerError, RuntimeError, ValueError):
 
 class MergeError(VeneerError, RuntimeError, ValueError):
     """A merge that would give wrong weights."""
+
+
+class RankError(VeneerError, RuntimeError):
+    """Another process of a run on many devices failed, did not come, or is somewhere else."""
 
 
 class AliasError(VeneerError, RuntimeError):

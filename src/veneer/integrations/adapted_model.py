@@ -29,6 +29,7 @@ from veneer.model.overlay import DEFAULT, overlay_of, sole_active
 from veneer.model.pretrained import with_base_name
 from veneer.model.push import push_adapters
 from veneer.model.saving_methods import refuse_pickles
+from veneer.model.sharded import is_sharded_model
 from veneer.model.state_dict import get_peft_model_state_dict
 from veneer.model.tuner import LoraModel
 
@@ -164,7 +165,7 @@ class AdaptedModel(swap.Front):
         """
         refuse_pickles(options.pop("safe_serialization", True))
         name = sole_active(self, f"Not saved to {save_directory}")
-        if not is_main_process:
+        if not is_main_process and (state_dict is not None or not is_sharded_model(self)):
             return
         save_adapter(self, name, Path(save_directory), state=state_dict)
         if push_to_hub:

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from veneer.errors import AttachError
 from veneer.layers.kinds import Layer
+from veneer.layers.sharded import is_sharded, reshard
 
 
 class StandIns:
@@ -43,6 +45,12 @@ class StandIns:
 
     def _exchange(self, model: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         """Put the values that are kept in place of those that are there; returns the parameter that has them."""
+        reshard(model)
+        if is_sharded(model.get_parameter(name)):
+            raise AttachError(
+                f"The adapter has its own values of {name}, a weight of the base, and these cannot be exchanged while "
+                "the model is sharded: such an adapter acts all the time."
+            )
         incoming = self._other[name]
         if self.in_place:
             self._other[name] = parameter.data

@@ -37,10 +37,14 @@ class TokenRows(Resident):
     def __init__(self, tokens: Sequence[int], rows_KD: Tensor) -> None:
         super().__init__()
         self.trainable_tokens_delta = nn.Parameter(rows_KD)
+        self.number(tokens, rows_KD.device)
+
+    def number(self, tokens: Sequence[int], device: torch.device) -> None:
+        """Say which tokens the rows stand for, anew where that was on the meta device."""
         numbers = torch.tensor(list(tokens))
         ascending, places = numbers.sort()
         for name, value in (("tokens", numbers), ("ascending", ascending), ("places", places)):
-            self.register_buffer(name, value.to(rows_KD.device), persistent=False)
+            self.register_buffer(name, value.to(device), persistent=False)
 
     def embedded(self, ids: Tensor, y: Tensor, layer: Layer, scale: Number | None = None) -> Tensor:
         """(token numbers, the embedding's output (..., D)) -> the output with the trained rows in it.

@@ -15,6 +15,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AttachError, MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, shared_input, token_rows
 from veneer.layers.replication import replicated, replication_of
+from veneer.layers.sharded import reshard
 from veneer.layers.stand_in import StandIns
 from veneer.layers.walk import finder, modules_outside
 from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
@@ -31,6 +32,7 @@ from veneer.model.overlay import (
 )
 from veneer.model.plan import Plan, plan
 from veneer.model.renamed.targets import with_names_of_today
+from veneer.model.sharded import check_whole
 from veneer.model.statistics import forget_statistics, kept_statistics
 from veneer.model.tensors import copy_besides_factors
 from veneer.model.waiting import stop_waiting, wait_for_data
@@ -185,6 +187,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     overlay.check_names([name])
     if name in overlay.route.in_weights:
         raise MergeError(f"Adapter {name!r} cannot be removed while it is merged: call unmerge_adapter() first.")
+    check_whole(model, f"Adapter {name!r} cannot be removed", "Let it rest (set_adapter, disable_adapter).")
     forget_adapter(model, overlay, name)
     if overlay.configs:
         activate(model, tuple(other for other in overlay.route.active if other != name))
@@ -261,6 +264,7 @@ def follow_route(model: nn.Module, overlay: Overlay) -> None:
     Adapters that rest were frozen when they came to: of those only the first and last layers are looked at, which tell
     whether somebody let them all train by hand.
     """
+    reshard(model)
     route, find = overlay.route, finder(model)
     training = {name for name in route.active if overlay.trainable[name]}
     concerned = (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.errors import AdapterFileError, bullet_list
+from veneer.layers.sharded import is_sharded, local, rows_here
 from veneer.model.tensors import tied_keys
 from veneer.storage.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from veneer.storage.header import Header
@@ -91,15 +92,22 @@ def check_repeats_base(
         if key not in tensors or parameter_name is None:
             continue
         own, given = model.state_dict()[parameter_name], tensors[key]
-        if parameter_name in replaced and own.shape == given.shape:
-            given = given.index_copy(
-                0, rows := torch.tensor(replaced[parameter_name]), own.detach().cpu()[rows].to(given)
-            )
-        if own.shape != given.shape or not torch.equal(own.detach().cpu(), given.to(own.dtype)):
+        if own.shape != given.shape or not _is_equal(own, given.to(own.dtype), replaced.get(parameter_name, ())):
             raise AdapterFileError(
                 f"{source} brings its own {parameter_name} {list(given.shape)}, which differs "
                 f"from this model's {list(own.shape)}: it was trained over a base with other or resized embeddings."
             )
+
+
+def _is_equal(own: Tensor, given: Tensor, except_rows: tuple[int, ...]) -> bool:
+    """Whether a weight of the base, or the shard of it on this rank, has these values."""
+    mine = local(own).cpu()
+    given = given[rows_here(own)] if is_sharded(own) else given
+    if except_rows:
+        counts = torch.ones(own.shape[0], dtype=torch.bool)
+        counts[list(except_rows)] = False
+        mine, given = mine[counts[rows_here(own)]], given[counts[rows_here(own)]]
+    return torch.equal(mine, given)
 
 
 def check_tied(folder: Path, tensors: Mapping[str, Tensor], resolution: Resolution) -> None:

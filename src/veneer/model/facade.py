@@ -17,6 +17,7 @@ from veneer.model.pretrained import guard_saving, with_base_name
 from veneer.model.report import count_parameters, trainable_line
 from veneer.model.restore import restore
 from veneer.model.saving_methods import SavingMethods
+from veneer.model.sharded import on_all_ranks
 from veneer.model.state_dict import LoadResult
 from veneer.model.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.model.teach_trainer import teach_trainer
@@ -161,12 +162,14 @@ class PeftModel(SavingMethods):
         low_cpu_mem_usage, torch_device, device_map, max_memory and offload_folder are there for PEFT's callers.
 
         If there is an adapter of this name and of the same settings, it takes the saved values, as going on with a
-        training run needs; what acts stays as it is.
+        training run needs; what acts stays as it is. All ranks of a sharded model must call it; a new adapter comes
+        before sharding.
 
         Returns empty lists of missing and unexpected keys, for PEFT's callers: there being some is an error.
         Raises what `from_pretrained` raises, and AdapterNameError if the name is taken by an adapter of other settings.
         """
-        folder = adapter_folder(model_id, subfolder=subfolder, **_without_places(hub))
+        with on_all_ranks(self.bare, f"looking for {model_id}"):
+            folder = adapter_folder(model_id, subfolder=subfolder, **_without_places(hub))
         if adapter_name in self.peft_config:
             restore(self.bare, adapter_name, folder, trainable=is_trainable)
         else:

@@ -21,7 +21,9 @@ from veneer.model.card import base_of, write_card
 from veneer.model.make import saved_dtypes
 from veneer.model.overlay import DEFAULT, adapters_by_site, overlay_needed
 from veneer.model.plan import plan
+from veneer.model.ranks import all_ranks, is_first
 from veneer.model.renamed.file import RenamedFile, read_renamed
+from veneer.model.sharded import ranks_of_model
 from veneer.model.start import (
     START,
     check_start_can_be_redone,
@@ -75,11 +77,36 @@ def save_adapter(
            False: as it is in memory, to be read over the same base by the same initialisation
     card   what the model card says besides (`write_card`); None: write no card
 
-    Raises AdapterNameError, ConfigError if the config was edited, AdapterFileError if values are broken or missing.
+    All ranks of a sharded model must call it: they gather the values, and the first one writes.
+
+    Raises AdapterNameError, ConfigError if the config was edited, AdapterFileError if values are broken or missing,
+    RankError if another rank failed or does not call it.
     """
     overlay = overlay_needed(model)
     overlay.check_names([name])
-    tensors = adapter_tensors(model, name) if state is None else tensors_from_state(model, name, state)
+    ranks = None if state is not None else ranks_of_model(model)
+    if ranks is None:
+        tensors = adapter_tensors(model, name) if state is None else tensors_from_state(model, name, state)
+        _save_tensors(model, name, folder, tensors, plain=plain, card=card)
+        return
+    with all_ranks(f"saving adapter {name!r}", ranks):
+        pass  # all are here, before a collective would wait for one that is not
+    tensors = adapter_tensors(model, name)
+    with all_ranks(f"writing adapter {name!r} to {folder}", ranks):
+        if is_first(ranks):
+            _save_tensors(model, name, folder, tensors, plain=plain, card=card)
+
+
+def _save_tensors(
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    plain: bool,
+    card: Mapping[str, Any] | None,
+) -> None:
+    overlay = overlay_needed(model)
     expected = expected_tensors(model, overlay.resolutions[name])
     _refuse_incomplete(folder, tensors, expected)
     config = overlay.configs[name]
@@ -127,7 +154,8 @@ def save_adapters(
     card = {**card, "adapters": sorted(places.values())}
     for name, place in places.items():
         save_adapter(model, name, folder / place, state=state, plain=plain, card=None if place else card)
-    if DEFAULT not in places:
+    ranks = ranks_of_model(model)
+    if DEFAULT not in places and (ranks is None or is_first(ranks)):
         write_card(folder, base=base_of(model), **card)
 
 

@@ -23,6 +23,7 @@ from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
 from veneer.model.overlay import DEFAULT, Overlay, adapted_part, adapters_by_site, overlay_needed
 from veneer.model.renamed.state import adapter_of_today
+from veneer.model.sharded import check_whole
 from veneer.model.start import takes_off_its_start
 from veneer.model.state_dict import check_state, checked_values, with_prefix
 from veneer.model.tensors import besides_factors, check_range, copy_besides_factors, site_keys
@@ -199,6 +200,8 @@ def _swap(
     part: nn.Module, name: str, config: LoraConfig, resolution: Resolution, tensors: Mapping[str, Tensor]
 ) -> None:
     """Write checked values over adapter `name`. Raises AttachError if they do not go with what is there."""
+    instead = "Values of the same settings go into it with load_adapter(folder, name)."
+    check_whole(part, f"Adapter {name!r} cannot be swapped", instead)
     overlay, find = overlay_needed(part), finder(part)
     there = {_place(site): site for site in (*overlay.resolutions[name].sites, *overlay.idle.get(name, ()))}
     adapters = {place: adapter_on(find(site.path), name, site.parameter) for place, site in there.items()}

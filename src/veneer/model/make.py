@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from veneer.config import LoraConfig
 from veneer.config.init_names import FROZEN, OPTIONS_FIELD
-from veneer.errors import ConfigError
+from veneer.errors import AttachError, ConfigError
 from veneer.init import Factors, Measured, Weight, initialise
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
@@ -79,6 +79,12 @@ def saved_adapter(
     What the initialisation once did to the base is done again, where the config says that the file goes with that.
     """
     dtype, device = _dtype(stored(layer, site.parameter), float32), home(layer, site.parameter)
+    if device.type == "meta":
+        raise AttachError(
+            f"{site.name} is on the meta device, without values, and the saved adapter's would be lost there. Load the "
+            "base first; for a base that is sharded before it is loaded, attach a new adapter, call "
+            "veneer.distributed.load_base, then model.load_adapter(folder, adapter_name)."
+        )
     values = {part: tensors[key].to(device, dtype) for part, key in site_keys(site).items()}
     start, base = None, None
     if config.init_lora_weights == "loftq" or takes_off_its_start(config):

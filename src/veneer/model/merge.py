@@ -21,7 +21,9 @@ from veneer.layers.weights import Loss, is_offloaded, kept, put_back, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import Sources, check_rows, merged_rows, one_with, put_merged, sources_of
 from veneer.model.overlay import Overlay, adapters_by_site, overlay_needed, overlay_of, saved_modules
+from veneer.model.sharded import check_whole
 
+_MERGE_ELSEWHERE = "Save the adapter (save_pretrained) and merge it into the plain model, or on disk: `veneer merge`."
 Losses = dict[str, Loss]  # what rounding again costs, by the layer's path
 
 
@@ -199,6 +201,7 @@ def remove_all(model: nn.Module) -> nn.Module:
 
 def checked_names(model: nn.Module, overlay: Overlay, names: Sequence[str] | None) -> tuple[str, ...]:
     """The adapters to merge: these, or the active ones. Raises AdapterNameError or MergeError if they cannot be."""
+    check_whole(model, "Nothing was merged", _MERGE_ELSEWHERE, MergeError)
     names = overlay.route.active if names is None else tuple(as_names(names))
     overlay.check_names(names)
     if overlay.route.in_weights:

@@ -23,6 +23,7 @@ from veneer.layers.weights.dense import DENSE
 from veneer.layers.weights.offloaded import brings_in_submodules
 from veneer.model.invocation import why_not_invoked
 from veneer.model.overlay import Overlay, overlay_of
+from veneer.model.sharded import check_attachable
 from veneer.targets import Resolution, Site, TokenSite, resolve
 from veneer.targets.structure import Structure, structure_of
 
@@ -49,6 +50,7 @@ def plan(
     Raises AdapterNameError, ConfigError, TargetError, AttachError, or MergeError for a weight that DoRA cannot read.
     """
     overlay = overlay_of(model)
+    check_attachable(model)
     check_name(name, overlay)
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"A LoraConfig is needed, not {type(config).__module__}.{type(config).__qualname__}.")

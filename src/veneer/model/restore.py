@@ -9,8 +9,9 @@ from veneer.errors import AdapterFileError, AdapterNameError, MergeError, bullet
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_checked
 from veneer.model.overlay import DEFAULT, overlay_needed
+from veneer.model.sharded import on_all_ranks
 from veneer.model.start import doubled, takes_off_its_start
-from veneer.model.tensors import adapter_tensors, check_range, copy_tensors
+from veneer.model.tensors import adapter_dtypes, check_range, copy_tensors
 from veneer.storage.adapter_file import WEIGHTS_FILE
 
 # What the shapes of the values do not tell.
@@ -35,12 +36,13 @@ def restore(model: nn.Module, name: str, folder: Path, *, trainable: bool = Fals
     Raises AdapterNameError if its settings are others, AdapterFileError if the file is damaged or does not fit,
     MergeError while it is merged; and then nothing has changed.
     """
-    if differing := _differing(model, name, folder):
-        headline = (
-            f"The model has an adapter {name!r} already, of other settings. Choose another name, delete that one, or "
-            "put the new one in its place with hotswap_adapter:"
-        )
-        raise AdapterNameError(bullet_list(headline, differing))
+    with on_all_ranks(model, f"comparing adapter {name!r} with {folder}"):
+        if differing := _differing(model, name, folder):
+            headline = (
+                f"The model has an adapter {name!r} already, of other settings. Choose another name, delete that one, "
+                "or put the new one in its place with hotswap_adapter:"
+            )
+            raise AdapterNameError(bullet_list(headline, differing))
     _take_values(model, name, folder, trainable=trainable)
 
 
@@ -49,9 +51,9 @@ def _take_values(model: nn.Module, name: str, folder: Path, *, trainable: bool =
     overlay.check_names([name])
     if name in overlay.route.merged:
         raise MergeError(f"Adapter {name!r} is merged: call unmerge_adapter() before giving it other values.")
-    tensors = read_checked(model, name, folder)
-    own = adapter_tensors(model, name)
-    check_range(folder, tensors, {key: value.dtype for key, value in own.items()})
+    with on_all_ranks(model, f"reading {folder}"):
+        tensors = read_checked(model, name, folder)
+        check_range(folder, tensors, adapter_dtypes(model, name))
     copy_tensors(model, name, tensors)
     if trainable and not overlay.trainable[name]:
         overlay.trainable[name] = True

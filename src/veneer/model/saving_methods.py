@@ -14,6 +14,7 @@ from veneer.model.methods import AdapterMethods
 from veneer.model.model_card import card_of_model
 from veneer.model.overlay import overlay_needed
 from veneer.model.push import push_adapters
+from veneer.model.sharded import check_whole, is_sharded_model
 from veneer.storage.push import check_push_options, less_of_whole_models
 
 if TYPE_CHECKING:
@@ -46,11 +47,14 @@ class SavingMethods(AdapterMethods):
         push_to_hub           upload the same, too: `repo_id` (the folder's name unless given) and what else
                               `push_to_hub` takes
 
+        A sharded model's values are gathered: all ranks must call it (is_main_process means nothing then), and the
+        first one writes.
+
         A model card, README.md, lies beside the adapter; what you wrote into it stays (`create_or_update_model_card`).
         path_initial_model_for_weight_conversion is there for PEFT's callers; the start is remembered, not read. So are
         `save_function` and `max_shard_size` for those of accelerate and transformers.
 
-        Each folder is replaced in one step. Raises AdapterNameError or AdapterFileError.
+        Each folder is replaced in one step. Raises AdapterNameError, AdapterFileError or RankError.
         """
         refuse_pickles(safe_serialization)
         if save_embedding_layers not in ("auto", False):
@@ -62,7 +66,7 @@ class SavingMethods(AdapterMethods):
         check_kind(save_directory, (str, os.PathLike), "The folder to save to (save_directory)")
         if selected_adapters is not None and not names:
             raise AdapterNameError("There is nothing to save: no adapter is selected.")
-        if not is_main_process:
+        if not is_main_process and (state_dict is not None or not is_sharded_model(self.bare)):
             return
         overlay_needed(self.bare).check_names(names)
         hub = less_of_whole_models(hub)
@@ -115,6 +119,10 @@ class SavingMethods(AdapterMethods):
     def _push(self, repo_id: str, names: list[str], options: Mapping[str, Any], **how: Any) -> "CommitInfo":
         if not names:
             raise AdapterNameError("There is nothing to push: the model has no adapter.")
+        if how.get("state") is None:
+            check_whole(
+                self.bare, "Nothing was pushed", "Call save_pretrained on all ranks, and push from one process."
+            )
 
         def save(folder: Path, card: Mapping[str, Any]) -> None:
             save_adapters(self.bare, names, folder, card=card, **how)

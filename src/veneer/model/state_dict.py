@@ -19,8 +19,10 @@ from veneer.model.merge import base_in_place
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import DEFAULT, adapted_part, overlay_needed, overlay_of
 from veneer.model.renamed.state import with_todays_names
+from veneer.model.sharded import on_all_ranks
 from veneer.model.start import START
 from veneer.model.tensors import (
+    adapter_dtypes,
     adapter_tensors,
     check_range,
     copy_tensors,
@@ -60,7 +62,8 @@ def get_peft_model_state_dict(
     unwrap_compiled        is there for PEFT's callers; a compiled model is always looked into
 
     Of an adapter that takes its start off the base (PiSSA, say) these are A and B alone, as in PEFT;
-    `save_pretrained` writes what is whole without that start.
+    `save_pretrained` writes what is whole without that start. Those of a sharded model are gathered: all of its ranks
+    must call it, and each gets them.
 
     The keys of a PeftModel begin with `base_model.model.`, as in files; those of a model adapted in place do not.
     Raises AdapterNameError, or AdapterFileError if `state_dict` lacks some.
@@ -110,6 +113,7 @@ def set_peft_model_state_dict(
     strict                   False: leave missing values as they are and unexpected ones alone
     low_cpu_mem_usage        is there for PEFT's callers; nothing is ever allocated twice
 
+    All ranks of a sharded model must call it, with the same values.
     Raises AdapterNameError, MergeError while the adapter is merged, or AdapterFileError that lists every difference
     and every tensor with NaN or infinity; and then nothing has changed.
     """
@@ -118,14 +122,14 @@ def set_peft_model_state_dict(
     overlay.check_names([adapter_name])
     if adapter_name in overlay.route.in_weights:
         raise MergeError(f"Adapter {adapter_name!r} is merged: call unmerge_adapter() before giving it other values.")
-    given = with_prefix(peft_model_state_dict)
-    given = with_todays_names(part, overlay.configs[adapter_name], overlay.resolutions[adapter_name], given)
-    fits = _Fit(part, overlay.resolutions[adapter_name], given)
-    fits.check(f"adapter {adapter_name!r}", strict=strict, ignore_sizes=ignore_mismatched_sizes)
-    check_repeats_base(part, "The state dict", given, fits.repeated)
-    own = adapter_tensors(part, adapter_name)
-    check_range("The state dict", fits.usable, {key: value.dtype for key, value in own.items()})
-    copy_tensors(part, adapter_name, {**own, **fits.usable})
+    with on_all_ranks(part, f"giving adapter {adapter_name!r} its values"):
+        given = with_prefix(peft_model_state_dict)
+        given = with_todays_names(part, overlay.configs[adapter_name], overlay.resolutions[adapter_name], given)
+        fits = _Fit(part, overlay.resolutions[adapter_name], given)
+        fits.check(f"adapter {adapter_name!r}", strict=strict, ignore_sizes=ignore_mismatched_sizes)
+        check_repeats_base(part, "The state dict", given, fits.repeated)
+        check_range("The state dict", fits.usable, adapter_dtypes(part, adapter_name))
+    copy_tensors(part, adapter_name, {**adapter_tensors(part, adapter_name), **fits.usable})
     left = [*fits.missing, *fits.mismatched]
     return LoadResult([key for key in fits.expected if key in left], fits.unexpected)
 

@@ -18,6 +18,7 @@ from veneer.model.files import save_adapter
 from veneer.model.overlay import overlay_needed, overlay_of, sole_active
 from veneer.model.pretrained import SAVE, is_guarded
 from veneer.model.restore import restore_all
+from veneer.model.sharded import is_sharded_model
 from veneer.model.wrapped import inwards
 from veneer.on_import import stand_before, when_imported
 
@@ -159,7 +160,7 @@ def _injected_saved(model: nn.Module) -> Iterator[None]:
 
     def save(folder: str, *, state_dict: Any = None, is_main_process: bool = True) -> None:
         name = sole_active(model, f"Not saved to {folder}")
-        if is_main_process:
+        if is_main_process or (state_dict is None and is_sharded_model(model)):
             save_adapter(model, name, Path(folder), state=state_dict)
 
     vars(model)[SAVE] = save

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
+from veneer.layers.sharded import is_sharded, put, reshard, whole
 from veneer.layers.weights.offloaded import settle
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
@@ -163,21 +166,44 @@ def _on_disk(site: Site, part: str, value: Tensor) -> Tensor:
     return value if value.shape == shape else value.view(shape)
 
 
+class Place(NamedTuple):
+    """Where a value of an adapter file is in the model, and how a file has what is there: as another view."""
+
+    tensor: Tensor
+    seen: Callable[[Tensor], Tensor]
+
+
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The values of adapter `name` by their names in an adapter file: the tensors themselves, not copies."""
-    tensors: dict[str, Tensor] = {}
+    """The values of adapter `name` by their names in an adapter file: the tensors themselves, not copies.
+
+    Those of a sharded model are gathered, in which all of its ranks must take part.
+    """
+    return {key: place.seen(whole(place.tensor)) for key, place in _places(model, name).items()}
+
+
+def adapter_dtypes(model: nn.Module, name: str) -> dict[str, torch.dtype]:
+    """The dtypes of the same, without a look at the values."""
+    return {key: place.tensor.dtype for key, place in _places(model, name).items()}
+
+
+def _places(model: nn.Module, name: str) -> dict[str, Place]:
+    reshard(model)
+    places: dict[str, Place] = {}
     for site, adapter in adapters_by_site(model, name):
         for part, key in site_keys(site).items():
-            tensors[key] = _on_disk(site, part, getattr(adapter, part).detach())
+            places[key] = Place(getattr(adapter, part).detach(), partial(_on_disk, site, part))
         if adapter.start_A is not None and adapter.start_B is not None:
             keys_of = site_keys(site)
-            tensors[keys_of["lora_A"] + START] = adapter.start_A
-            tensors[keys_of["lora_B"] + START] = adapter.start_B
-    return tensors | besides_factors(model, name)
+            places[keys_of["lora_A"] + START] = Place(adapter.start_A, _as_it_is)
+            places[keys_of["lora_B"] + START] = Place(adapter.start_B, _as_it_is)
+    return places | {key: Place(value, _as_it_is) for key, value in besides_factors(model, name).items()}
 
 
 def besides_factors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Those of them that are no adapter's on a layer: modules trained in full, rows of embeddings, biases."""
+    """Those of them that are no adapter's on a layer: modules trained in full, rows of embeddings, biases.
+
+    Those of a sharded model are the shards.
+    """
     overlay, tensors = overlay_needed(model), {}
     for path, module in saved_modules(model, name):
         settle(module.modules_to_save[name])
@@ -236,10 +262,14 @@ def copy_besides_factors(model: nn.Module, name: str, tensors: Mapping[str, Tens
 def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy checked values, by their names in an adapter file, into an adapter that is on the model.
 
-    Where they do not say what an adapter took off the base at its start, it keeps what it has.
+    Where they do not say what an adapter took off the base at its start, it keeps what it has. All ranks of a sharded
+    model must take part, with the same values.
     """
     with torch.no_grad():
-        for key, value in adapter_tensors(model, name).items():
+        for key, place in _places(model, name).items():
             if key in tensors or not key.endswith(START):
-                value.copy_(tensors[key])
+                now = whole(place.tensor)
+                place.seen(now).copy_(tensors[key])
+                if is_sharded(place.tensor):
+                    put(place.tensor, now)
     stop_waiting(model, overlay_needed(model), name)

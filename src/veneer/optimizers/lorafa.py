@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from veneer.errors import AdapterNameError, ConfigError, bullet_list
 from veneer.layers.adapter import Adapter
+from veneer.layers.sharded import local, whole
 from veneer.model.overlay import overlay_of
 from veneer.optimizers.trained import adapters_in_training, check_numbers, name_of, without_decay
 
@@ -101,7 +102,7 @@ def _check_factors(adapters: dict[str, Adapter]) -> None:
                 [*other, "Leave them out of the target names."],
             )
         )
-    zero = [path for path, adapter in adapters.items() if not adapter.lora_A.any()]
+    zero = [path for path, adapter in adapters.items() if not whole(adapter.lora_A).any()]
     if zero:
         raise ConfigError(
             bullet_list(
@@ -120,6 +121,7 @@ class LoraFAOptimizer(Optimizer):
 
     State is kept for each parameter as torch keeps it, `step`, `exp_avg` and `exp_avg_sq`, in float32 also for
     half-precision parameters, whose steps are computed in float32 and rounded once.
+    Of a sharded model each rank steps its own rows of B, which needs all of A, gathered once.
     An A that was set to train again (by set_adapter, say) is frozen again, and its gradient dropped, in each step.
     """
 
@@ -178,9 +180,10 @@ class LoraFAOptimizer(Optimizer):
                 parameters, gradients = self._projected(number, group)
             else:
                 parameters = [p for p in group["params"] if p.grad is not None]
-                gradients = [p.grad.to(_at_least_float32(p)) for p in parameters]
+                gradients = [local(p.grad).to(_at_least_float32(p)) for p in parameters]
             if parameters:
-                _adamw(group, parameters, gradients, [self._state_of(p) for p in parameters])
+                states = [{key: local(value) for key, value in self._state_of(p).items()} for p in parameters]
+                _adamw(group, [local(p) for p in parameters], gradients, states)
         return loss
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -198,9 +201,9 @@ class LoraFAOptimizer(Optimizer):
             if A.requires_grad:
                 A.requires_grad_(False)
                 A.grad = None
-        stamps = [(A.data_ptr(), A._version, A.device) for A in factors_A]
+        stamps = [(local(A).data_ptr(), local(A)._version, A.device) for A in factors_A]
         if number not in self._inverses or self._inverses[number].stamps != stamps:
-            batches = list(_inverse_batches(factors_A, factors_B, group["scales"]))
+            batches = list(_inverse_batches([whole(A) for A in factors_A], factors_B, group["scales"]))
             self._inverses[number] = _Inverses(stamps, batches)
         parameters, gradients = [], []
         for batch, P_NRR in self._inverses[number].batches:
@@ -208,11 +211,11 @@ class LoraFAOptimizer(Optimizer):
             if not live:
                 continue
             found = [factors_B[batch[at]] for at in live]
-            g_NOR = torch.stack([B.grad for B in found]).flatten(2).to(P_NRR.dtype)
+            g_NOR = torch.stack([local(B.grad) for B in found]).flatten(2).to(P_NRR.dtype)
             parameters += found
             with torch.autocast(P_NRR.device.type, enabled=False):
                 projected_NOR = g_NOR @ (P_NRR if len(live) == len(batch) else P_NRR[live])
-            gradients += projected_NOR.view(-1, *found[0].shape).unbind()
+            gradients += projected_NOR.view(len(found), *local(found[0]).shape).unbind()
         return parameters, gradients
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from veneer.errors import AdapterFileError
 from veneer.storage.header import TensorInfo, read_header
+from veneer.storage.values import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +18,15 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: by the name of each tensor, its file and what the file's header says of it."""
+    """What a checkpoint holds: by the name of each tensor, its file and what the file's header says of it.
+
+    begins  where in its file each tensor begins, in bytes
+    """
 
     location: Path
     files: dict[str, Path]
     tensors: dict[str, TensorInfo]
+    begins: dict[str, int]
 
     def read(self, name: str) -> "Tensor":
         """One tensor, on the CPU. Raises AdapterFileError if its file cannot be read."""
@@ -33,6 +38,10 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise AdapterFileError(f"{self.files[name]} cannot be read: {error}") from None
 
+    def read_rows(self, name: str, rows: slice) -> "Tensor":
+        """Some rows of a tensor, on the CPU; only these are read. Raises AdapterFileError."""
+        return read_rows(self.files[name], self.tensors[name], self.begins[name], rows)
+
 
 def open_checkpoint(location: str | Path) -> Checkpoint:
     """The checkpoint at a safetensors file, an index of shards, or in a folder that holds one of these.
@@ -43,11 +52,13 @@ def open_checkpoint(location: str | Path) -> Checkpoint:
     files = _shards(path) if path.name.endswith(".json") else [path]
     by_name: dict[str, Path] = {}
     tensors: dict[str, TensorInfo] = {}
+    begins: dict[str, int] = {}
     for file in files:
-        held = read_header(file).tensors
-        by_name |= dict.fromkeys(held, file)
-        tensors |= held
-    return Checkpoint(path, by_name, tensors)
+        header = read_header(file)
+        by_name |= dict.fromkeys(header.tensors, file)
+        tensors |= header.tensors
+        begins |= {name: header.data_start + info.start for name, info in header.tensors.items()}
+    return Checkpoint(path, by_name, tensors, begins)
 
 
 def cached_checkpoint(repository: str, *, revision: str | None = None) -> Path | None:

@@ -49,6 +49,24 @@ def _read_each(file: Path, header: Header, names: Iterable[str]) -> Iterator[tup
         raise AdapterFileError(f"{file} cannot be read: {error}") from None
 
 
+def read_rows(file: Path, info: TensorInfo, begin: int, rows: slice) -> "Tensor":
+    """Rows `rows.start` to `rows.stop` of a tensor that begins at byte `begin` of a file, on the CPU.
+
+    Raises AdapterFileError.
+    """
+    import torch
+
+    each, count = info.nbytes // info.shape[0], rows.stop - rows.start
+    try:
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(begin + rows.start * each)
+            raw = torch.empty(count * each, dtype=torch.uint8)
+            _fill(stream, raw.numpy().data)
+            return raw.view(_dtypes()[info.dtype]).view(count, *info.shape[1:])
+    except (OSError, EOFError, KeyError) as error:
+        raise AdapterFileError(f"{file} cannot be read: {error}") from None
+
+
 def _fill(stream: Any, buffer: memoryview) -> None:
     done = 0
     while done < len(buffer):
