@@ -79,7 +79,7 @@ def test_yaml_reads_scientific_notation_as_text_and_we_as_a_number() -> None:
         (SMALL + "training: {learning_rat: 1}", "training.learning_rat: unknown key, did you mean 'learning_rate'?"),
         (SMALL + "ouput: x", "ouput: unknown key, did you mean 'output'?"),
         (SMALL + "learning_rate: 1", "learning_rate: unknown key, did you mean 'training.learning_rate'?"),
-        (SMALL + "data2: 1\nzzz: 2", "zzz: unknown key (allowed: model, revision, dtype, data, lora,"),
+        (SMALL + "data2: 1\nzzz: 2", "zzz: unknown key (allowed: model, revision, dtype, quantization, data, lora,"),
         ("data: {train: a}\noutput: o", "model: is required"),
         (SMALL + "training: {epochs: -1}", "training.epochs: should be greater than 0, got -1"),
         (SMALL + "training: {epochs: .nan}", "training.epochs: should be"),

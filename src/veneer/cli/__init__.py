@@ -16,9 +16,11 @@ from veneer.cli.init import init
 from veneer.cli.inspect import inspect
 from veneer.cli.merge import merge
 from veneer.cli.push import push
+from veneer.cli.say import report, say
 from veneer.cli.targets import targets
 from veneer.cli.train import train
 from veneer.errors import VeneerError, VeneerWarning
+from veneer.train.ranks import is_first
 
 app = typer.Typer(
     name="veneer",
@@ -38,8 +40,7 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            _say("", str(stop) or "Stopped.", "yellow")
-            raise typer.Exit(130) from None
+            raise typer.Exit(report(stop)) from None
 
     return run
 
@@ -83,25 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warnings.showwarning = _show_warning
         try:
             app(args=None if arguments is None else list(arguments))
-        except VeneerError as error:
-            _say(type(error).__name__, str(error), "bold red")
-            sys.exit(2)
-        except OSError as error:
-            _say("Error", _in_one_line(error), "bold red")
-            sys.exit(2)
-
-
-def _in_one_line(error: OSError) -> str:
-    reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename else reason
+        except (VeneerError, OSError) as error:
+            sys.exit(report(error))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    _say("Note", str(message), "yellow")
+    if is_first():  # of several processes of a run
+        say("Note", str(message), "yellow")
 
-
-def _say(label: str, message: str, style: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True).print(Text.assemble((f"{label}: " if label else "", style), message), soft_wrap=True)

@@ -1,12 +1,14 @@
 """The trainer of a run: its arguments, its data sets and its callbacks, from the settings."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.optimizer import optimizer_for
 from veneer.train.progress import Progress
+from veneer.train.ranks import shards_model
 from veneer.train.settings import RunConfig
-from veneer.train.tokens import Tokens
+from veneer.train.tokens import IGNORED, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,13 +24,13 @@ def build_trainer(
     data: Tokens,
     eval_data: Tokens,
     settings: RunConfig,
+    args: "SFTConfig",
     *,
     log_file: Path,
-    checkpoints: Path,
     progress: Progress,
     meter: "Meter",
 ) -> "VeneerSFTTrainer":
-    """A trainer that trains what is trainable in `model`, logs each step and shows it.
+    """A trainer that trains what is trainable in `model`, logs each step and shows it. args: of `arguments`.
 
     Raises what `optimizer_for` raises.
     """
@@ -38,22 +40,26 @@ def build_trainer(
     from veneer.train.trainer import VeneerSFTTrainer
     from veneer.train.watch import LastStep, LogFile, Show
 
-    args = arguments(settings, checkpoints, evaluates=bool(eval_data.examples))
     adamw = VeneerSFTTrainer.get_optimizer_cls_and_kwargs(args, model)
     optimizer = optimizer_for(model, settings, adamw=adamw)  # before the trainer makes the folder of checkpoints
+    at_once = args.per_device_train_batch_size * args.world_size
+    fillers, eval_fillers = ((-len(part.examples)) % at_once if args.world_size > 1 else 0 for part in (data, eval_data))
+    fillers = 0 if settings.training.packing else fillers
     trainer = VeneerSFTTrainer(
         model=model,
         args=args,
-        train_dataset=_dataset(data),
-        eval_dataset=_dataset(eval_data) if eval_data.examples else None,
+        train_dataset=_dataset(data, fillers),
+        eval_dataset=_dataset(eval_data, eval_fillers) if eval_data.examples else None,
         processing_class=tokenizer,
         callbacks=[LastStep(), LogFile(log_file, meter), Show(progress, meter)],
         meter=meter,
         schedule=settings.training.schedule,
         warmup=settings.training.warmup,
         group_by_length=settings.training.group_by_length and not settings.training.packing,
+        fillers=(fillers, eval_fillers),
     )
-    trainer.head = plain_head(model)  # now that the model is where it will run
+    # now that the model is where it will run; under ZeRO 3 it is nowhere as a whole
+    trainer.head = plain_head(model) if shards_model() != "ZeRO-3" else None
     if trainer.head is None:
         progress.say(
             "Note: the loss is taken from the logits that the model computes, as its output head is adapted or "
@@ -64,18 +70,24 @@ def build_trainer(
     return trainer
 
 
-def _dataset(tokens: Tokens) -> Any:
+def _dataset(tokens: Tokens, fillers: int) -> Any:
+    """The examples, and behind them so many of which nothing is learned.
+
+    Processes step together, so each needs as many batches of as many rows; accelerate would repeat rows, and a run on
+    two devices would not be that on one.
+    """
     from datasets import Dataset
 
+    shortest = min((example.input_ids for example in tokens.examples), key=len)
     columns = {
-        "input_ids": [example.input_ids for example in tokens.examples],
-        "labels": [example.labels for example in tokens.examples],
+        "input_ids": [example.input_ids for example in tokens.examples] + [shortest] * fillers,
+        "labels": [example.labels for example in tokens.examples] + [[IGNORED] * len(shortest)] * fillers,
     }
     return Dataset.from_dict(columns)
 
 
 def arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConfig":
-    """TRL's arguments, checkpoints in `folder`.
+    """TRL's arguments, checkpoints in `folder`. Made before the model is loaded, which ZeRO 3 shards meanwhile.
 
     Rows come tokenised and cut, so max_length is given only where it is the size of a pack. The learning rate's
     schedule is ours, see schedule.py.
@@ -83,7 +95,8 @@ def arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConf
     import torch
     from trl.trainer.sft_config import SFTConfig
 
-    run = settings.training
+    run, lora = settings.training, settings.lora
+    recomputes = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"  # FSDP does it itself
     return SFTConfig(
         output_dir=str(folder),
         num_train_epochs=run.epochs or 1,
@@ -96,7 +109,10 @@ def arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConf
         max_grad_norm=run.max_grad_norm,
         max_length=run.max_length if run.packing else None,
         packing=run.packing,
-        activation_checkpointing=run.gradient_checkpointing,
+        activation_checkpointing=run.gradient_checkpointing and not (recomputes and shards_model() == "FSDP"),
+        # what a batch may leave out on one device, where the others wait for its gradient
+        ddp_find_unused_parameters=bool(lora.modules_to_save or lora.alora_invocation_tokens),
+        ddp_broadcast_buffers=False,
         seed=run.seed,
         logging_steps=run.log_every,
         logging_first_step=True,

@@ -20,6 +20,7 @@ def training_section(
     tokens: int,
     seconds: float,
     dtype: str,
+    processes: int = 1,
 ) -> str:
     """How an adapter was trained, as Markdown. losses: (step, loss per token); files appear by their names alone.
 
@@ -32,7 +33,8 @@ def training_section(
         ("data", _file(data["data.train"])),
         ("evaluated on", _file(evaluated) if evaluated else f"{100 * share:g} % of the rows" if share else None),
         ("length", f"{counted(steps, 'step')}{f', {run.epochs:g} × the data' if run.epochs else ''}"),
-        ("batch", f"{run.batch_size * run.gradient_accumulation} rows of at most {run.max_length} tokens"),
+        ("batch", f"{processes * run.batch_size * run.gradient_accumulation} rows of at most {run.max_length} tokens"),
+        ("processes", processes if processes > 1 else None),
         ("tokens", f"{tokens:,}"),
         ("optimizer", f"{run.optimizer}, learning rate {run.learning_rate:g}, {run.schedule}"),
         ("precision of the base", dtype),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from veneer.errors import RunError
 from veneer.train.folders import refuse_adapter, refuse_run_folder
 from veneer.train.packages import require
+from veneer.train.quantisation import Quantization, quantization_config, refuse_quantised, refuse_unusable
 
 if TYPE_CHECKING:
     import torch
@@ -32,18 +33,26 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> "PreTrainedToke
     return tokenizer
 
 
-def load_model(name: str, *, revision: str | None = None, dtype: Dtype = "auto") -> "PreTrainedModel":
-    """The causal language model, on the CPU, in evaluation mode."""
+def load_model(
+    name: str, *, revision: str | None = None, dtype: Dtype = "auto", quantization: Quantization | None = None
+) -> "PreTrainedModel":
+    """The causal language model, in evaluation mode: on the CPU, or quantised where it will run.
+
+    Raises RunError, and MissingPackageError where the quantisation needs a package.
+    """
     require("train")
+    refuse_unusable(quantization)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     refuse_run_folder(name)
     refuse_adapter(name)  # transformers would load it together with its base, through peft
+    options: dict[str, Any] = {"revision": revision, "dtype": torch_dtype(dtype)}
+    if quantization is not None:
+        refuse_quantised(name, _config(name, revision), quantization)
+        options["quantization_config"] = quantization_config(quantization, options["dtype"])
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=torch_dtype(dtype), output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options, output_loading_info=True)
     except SafetensorError as error:
         raise RunError(f"The weights of {name} are damaged or cut off: {error}. Get them again.") from error
     except (RuntimeError, MemoryError) as error:
@@ -72,15 +81,21 @@ def skeleton(name: str, *, revision: str | None = None) -> "nn.Module":
 
     refuse_run_folder(name)
     refuse_adapter(name)
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("configuration", name, error) from error
+    config = _config(name, revision)
     own = [getattr(transformers, written, None) for written in config.architectures or []]
     with torch.device("meta"):
         if own and own[0] is not None:
             return own[0](config)
         return transformers.AutoModel.from_config(config)
+
+
+def _config(name: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _not_loaded("configuration", name, error) from error
 
 
 def torch_dtype(dtype: Dtype) -> "torch.dtype | str":

@@ -6,6 +6,7 @@ is still a random sample of a part of the lengths.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -19,10 +20,12 @@ class ByLength(Sampler[int]):
 
     lengths      tokens of each row
     rows_a_step  what one optimizer step learns from, all its batches on all devices together
+    fillers      so many rows behind the others, of which nothing is learned: they come last in each epoch
     """
 
-    def __init__(self, lengths: Sequence[int], rows_a_step: int, *, seed: int):
-        self.lengths, self.rows_a_step, self.seed = lengths, rows_a_step, seed
+    def __init__(self, lengths: Sequence[int], rows_a_step: int, *, seed: int, fillers: int = 0):
+        self.lengths, self.rows_a_step, self.seed = lengths[: len(lengths) - fillers], rows_a_step, seed
+        self.fillers = fillers
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -30,14 +33,35 @@ class ByLength(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.fillers
 
     def __iter__(self) -> Iterator[int]:
         steps = order(self.lengths, self.rows_a_step, generator=torch.Generator().manual_seed(self.seed + self.epoch))
         if self.epoch == 0 and len(steps) > 1:  # so that memory runs out at once if it does
             longest = max(range(len(steps) - 1), key=lambda at: max(self.lengths[row] for row in steps[at]))
             steps.insert(0, steps.pop(longest))
-        return (row for step in steps for row in step)
+        yield from (row for step in steps for row in step)
+        yield from range(len(self.lengths), len(self))
+
+
+class FillersLast(Sampler[int]):
+    """Another sampler's order of the rows, and behind it so many rows of which nothing is learned."""
+
+    def __init__(self, rows: Sampler[int], fillers: int):
+        self.rows, self.fillers = rows, fillers
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the beginning of each epoch."""
+        rows: Any = self.rows
+        rows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        rows: Any = self.rows
+        return len(rows) + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.rows
+        yield from range(len(self) - self.fillers, len(self))
 
 
 def order(lengths: Sequence[int], rows_a_step: int, *, generator: torch.Generator) -> list[list[int]]:

@@ -20,7 +20,9 @@ from veneer.train.settings import RunConfig
 
 FORMERLY = ("training.group_by_length=false",)  # what a run did before it could be set
 SETTINGS_FILE, DATA_FILE, LOG_FILE, CHECKPOINTS = "run.yaml", "data.json", "log.jsonl", "checkpoints"
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+CHECKPOINT_FILES = ("adapter_model.safetensors", "scheduler.pt", "trainer_state.json")
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "latest")  # of Trainer, of FSDP, of DeepSpeed: one of them
+PROCESSES_FILE = "processes.json"
 MAY_DIFFER = {  # the data is compared by what it holds, not by where it lies; the output is where we look
     "output",
     "overwrite",
@@ -80,13 +82,31 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
+    count = processes_of(checkpoint)
+    states = ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]
+    if not all((checkpoint / name).is_file() for name in (*CHECKPOINT_FILES, *states)):
+        return False
+    if not any((checkpoint / name).is_file() for name in OPTIMIZER_FILES):
         return False
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except ValueError:
         return False
     return True
+
+
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint."""
+    try:
+        return int(json.loads((checkpoint / PROCESSES_FILE).read_text(encoding="utf-8"))["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+
+
+def write_processes(checkpoint: Path, count: int) -> None:
+    """Note in a checkpoint how many processes write it."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    write_file(checkpoint / PROCESSES_FILE, json.dumps({"processes": count}).encode())
 
 
 def fingerprint(settings: RunConfig, rows: Mapping[str, int]) -> Fingerprint:
@@ -110,8 +130,13 @@ def write_record(output: Path, settings: RunConfig, data: Fingerprint) -> None:
     write_file(output / DATA_FILE, (json.dumps(data, indent=2) + "\n").encode())
 
 
-def refuse_changes(output: Path, settings: RunConfig, data: Fingerprint) -> None:
-    """Raise RunError that lists each setting and data file in which the run to go on with differs from this one."""
+def refuse_changes(
+    output: Path, settings: RunConfig, data: Fingerprint, *, processes_before: int = 1, processes: int = 1
+) -> None:
+    """Raise RunError that lists each setting and data file in which the run to go on with differs from this one.
+
+    The number of processes may be another where each step takes as many rows as before.
+    """
     for name in (SETTINGS_FILE, DATA_FILE):
         if not (output / name).is_file():
             raise RunError(
@@ -119,12 +144,18 @@ def refuse_changes(output: Path, settings: RunConfig, data: Fingerprint) -> None
                 "Start anew with overwrite=true instead."
             )
     before, now = _flat(_as_recorded(output / SETTINGS_FILE)), _flat(settings)
-    may_differ = MAY_DIFFER | ({*PORTIONS} if _rows_a_step(before) == _rows_a_step(now) else set())
+    rows_before, rows_now = _rows_a_step(before) * processes_before, _rows_a_step(now) * processes
+    may_differ = MAY_DIFFER | ({*PORTIONS} if rows_before == rows_now else set())
     differences = [
         f"{key} was {_shown(before[key])}, is now {_shown(now[key])}"
         for key in now
         if key not in may_differ and before[key] != now[key]
     ]
+    if rows_before != rows_now and processes_before != processes:
+        differences.append(
+            f"a step took {rows_before} rows in {processes_before} processes, would take {rows_now} in {processes}: "
+            "training.batch_size × training.gradient_accumulation × processes must stay the same"
+        )
     differences += _data_differences(_read_fingerprint(output / DATA_FILE), data)
     if differences:
         raise RunError(

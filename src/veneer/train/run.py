@@ -18,15 +18,19 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import RunError
 from veneer.model.model_card import card_of_model
 from veneer.model.overlay import DEFAULT
+from veneer.model.precision import prepare_model_for_kbit_training
 from veneer.storage.card import CARD_FILE, read_card
 from veneer.storage.write import write_folder
-from veneer.train.build import build_trainer
+from veneer.train.build import arguments, build_trainer
 from veneer.train.card import training_section
 from veneer.train.folders import is_empty, refuse_non_empty, refuse_unwritable
+from veneer.train.gathered import adapter_state, trained
 from veneer.train.load import load_model, load_tokenizer
 from veneer.train.packages import has, require
 from veneer.train.progress import Progress
+from veneer.train.quantisation import WAYS, refuse_unusable
 from veneer.train.quiet import quiet
+from veneer.train.ranks import Ranks, each_loads_all, join, lost_another
 from veneer.train.resume import (
     CHECKPOINTS,
     LOG_FILE,
@@ -34,19 +38,21 @@ from veneer.train.resume import (
     Stopped,
     fingerprint,
     newest_checkpoint,
+    processes_of,
     refuse_changes,
     step_of,
     trim_log,
     what_is_kept,
     write_record,
 )
-from veneer.train.sets import read_sets, tokenise_sets
+from veneer.train.sets import Sets, read_sets, tokenise_sets
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl.trainer.sft_config import SFTConfig
 
     from veneer.train.trainer import VeneerSFTTrainer
 
@@ -72,30 +78,68 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
 
     Nothing is written or deleted before the rows, the model and the adapter are known to fit. The adapter folder
     appears complete or not at all; one that is there stays until a new one is finished.
+
+    In each process of a run of several (torchrun, accelerate) it is called with the same settings; the first alone
+    shows progress and writes. What is wrong in one of them ends all.
+
     Raises RunError (settings, model or output folder, or a loss that is no longer a number), DataError (rows),
-    ConfigError and TargetError (the adapter), and Stopped, a KeyboardInterrupt that says what was kept.
+    ConfigError and TargetError (the adapter), MissingPackageError (a quantisation's), and Stopped, a KeyboardInterrupt
+    that says what was kept.
     """
     require("train")
-    progress = progress or Progress()
+    ranks = join()
+    progress = progress if progress and ranks.is_first else Progress()
     output = Path(settings.output).expanduser()
-    checkpoint = _check_output(output, settings)
-    sets = read_sets(settings)
-    record = fingerprint(settings, sets.counts)
+    ranks.agree(lambda: refuse_unusable(settings.quantization))
+    checkpoint = ranks.first_does(lambda: _check_output(output, settings))
+    sets, record = ranks.agree(lambda: _read(settings))
+    ranks.must_equal({name: part["sha256"] for name, part in record.items()}, "The data files")
     if checkpoint:
-        refuse_changes(output, settings, record)
+        ranks.agree(lambda: _refuse_other_run(output, settings, record, checkpoint, ranks))
     with quiet():
-        tokenizer = load_tokenizer(settings.model, revision=settings.revision)
-        model = load_model(settings.model, revision=settings.revision, dtype=settings.dtype)
-        data, eval_data = tokenise_sets(sets, model, tokenizer, settings)
-        for note in [*data.notes(), *eval_data.notes()]:
-            progress.say(f"Note: {note}")
-        _attach(model, settings)
-        trainable, total = _counts(model)
-        progress.say(
-            f"{len(data.examples)} rows, {data.total:,} tokens of which {data.learned:,} are learned; "
-            f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)"
-        )
-        return _fit(model, tokenizer, (data, eval_data), settings, record, checkpoint, progress)
+        each_loads_all(settings.lora.init_lora_weights)
+        args = arguments(settings, output / CHECKPOINTS, evaluates=bool(sets.eval))
+        parts = ranks.agree(lambda: _prepare(settings, sets, progress))
+        return _fit(*parts, settings, args, record, checkpoint, progress, ranks)
+
+
+def _read(settings: RunConfig) -> tuple[Sets, Fingerprint]:
+    sets = read_sets(settings)
+    return sets, fingerprint(settings, sets.counts)
+
+
+def _refuse_other_run(
+    output: Path, settings: RunConfig, record: Fingerprint, checkpoint: Path, ranks: Ranks
+) -> None:
+    """Raise RunError if the checkpoint is not one of this run, or not to be seen from here."""
+    if not checkpoint.is_dir():
+        raise RunError(f"{checkpoint} is not here: to go on, all machines must share the output folder.")
+    before = processes_of(checkpoint)
+    refuse_changes(output, settings, record, processes_before=before, processes=ranks.count)
+
+
+def _prepare(
+    settings: RunConfig, sets: Sets, progress: Progress
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", tuple[Tokens, Tokens]]:
+    """The adapted model, its tokenizer and the rows as tokens."""
+    tokenizer = load_tokenizer(settings.model, revision=settings.revision)
+    model = load_model(
+        settings.model, revision=settings.revision, dtype=settings.dtype, quantization=settings.quantization
+    )
+    data, eval_data = tokenise_sets(sets, model, tokenizer, settings)
+    for note in [*data.notes(), *eval_data.notes()]:
+        progress.say(f"Note: {note}")
+    if getattr(model.config, "quantization_config", None) is not None:
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # training.gradient_checkpointing does
+    _attach(model, settings)
+    trainable, total = _counts(model)
+    if settings.quantization:
+        progress.say(f"The base is kept in {WAYS[settings.quantization].says}")
+    progress.say(
+        f"{len(data.examples)} rows, {data.total:,} tokens of which {data.learned:,} are learned; "
+        f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)"
+    )
+    return model, tokenizer, (data, eval_data)
 
 
 def _check_output(output: Path, settings: RunConfig) -> Path | None:
@@ -127,9 +171,10 @@ def _attach(model: "PreTrainedModel", settings: RunConfig) -> None:
 
 
 def _counts(model: "PreTrainedModel") -> tuple[int, int]:
-    """The number of parameters that are trained, and of all."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+    """The number of parameters that are trained, and of all; those of packed weights each by itself."""
+    from veneer.model.report import count_parameters
+
+    return count_parameters(model)
 
 
 def _fit(
@@ -137,43 +182,38 @@ def _fit(
     tokenizer: "PreTrainedTokenizerBase",
     data: tuple[Tokens, Tokens],
     settings: RunConfig,
+    args: "SFTConfig",
     record: Fingerprint,
     checkpoint: Path | None,
     progress: Progress,
+    ranks: Ranks,
 ) -> Result:
     from veneer.train.out_of_memory import is_out_of_memory, model_too_large
     from veneer.train.watch import Meter
 
     output = Path(settings.output).expanduser()
-    log_file, checkpoints = output / LOG_FILE, output / CHECKPOINTS
+    log_file = output / LOG_FILE
     meter = Meter()
+    counts = _counts(model)  # while the model is whole
     try:  # this moves the model to the accelerator
         trainer = build_trainer(
-            model,
-            tokenizer,
-            *data,
-            settings,
-            log_file=log_file,
-            checkpoints=checkpoints,
-            progress=progress,
-            meter=meter,
+            model, tokenizer, *data, settings, args, log_file=log_file, progress=progress, meter=meter
         )
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise model_too_large(settings.model, error) from None
         raise
-    before = _trained(model)
-    _make_room(output, checkpoint)
-    write_record(output, settings, record)
+    before = trained(model)
+    ranks.first_does(lambda: _make_room(output, checkpoint, settings, record))
     begun = time.monotonic()
     if checkpoint:
         progress.say(f"Going on from {checkpoint}")
-    _run(trainer, settings, checkpoint, progress)
+    _run(trainer, settings, checkpoint, progress, ranks)
     seconds = time.monotonic() - begun
     history = trainer.state.log_history
     losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
     eval_losses = [(int(entry["step"]), entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    trainable, total = _counts(model)
+    trainable, total = counts
     said = training_section(
         settings,
         record,
@@ -182,12 +222,14 @@ def _fit(
         steps=trainer.state.global_step,
         tokens=meter.tokens,
         seconds=seconds,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_precision(model, settings),
+        processes=ranks.count,
     )
+    after, state = trained(model), adapter_state(model)  # all gather what only the first writes
     return Result(
-        adapter_dir=_save(model, tokenizer, output, before, said),
+        adapter_dir=ranks.first_does(lambda: _save(model, tokenizer, output, before, after, state, said)),
         log_file=log_file,
-        plot=_plot(losses, eval_losses, output / "loss.png", progress),
+        plot=ranks.first_does(lambda: _plot(losses, eval_losses, output / "loss.png", progress)),
         losses=losses,
         eval_losses=eval_losses,
         steps=trainer.state.global_step,
@@ -198,17 +240,26 @@ def _fit(
     )
 
 
-def _make_room(output: Path, checkpoint: Path | None) -> None:
-    """Remove what an earlier run left that this one does not go on with."""
+def _precision(model: "PreTrainedModel", settings: RunConfig) -> str:
+    """In what the base was kept, for the card."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{WAYS[settings.quantization].says} (`{settings.quantization}`)" if settings.quantization else dtype
+
+
+def _make_room(output: Path, checkpoint: Path | None, settings: RunConfig, record: Fingerprint) -> None:
+    """Remove what an earlier run left that this one does not go on with, and note what this one is."""
     if checkpoint:
         trim_log(output / LOG_FILE, step_of(checkpoint))
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
-    (output / LOG_FILE).unlink(missing_ok=True)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        (output / LOG_FILE).unlink(missing_ok=True)
+    write_record(output, settings, record)
 
 
-def _run(trainer: "VeneerSFTTrainer", settings: RunConfig, checkpoint: Path | None, progress: Progress) -> None:
+def _run(
+    trainer: "VeneerSFTTrainer", settings: RunConfig, checkpoint: Path | None, progress: Progress, ranks: Ranks
+) -> None:
     """Train. Stopped, with what was kept, if the user interrupts; RunError, with what would need less, if memory runs
     out. No empty checkpoint folder stays behind.
     """
@@ -223,6 +274,8 @@ def _run(trainer: "VeneerSFTTrainer", settings: RunConfig, checkpoint: Path | No
         where = f"Stopped at step {state.global_step}/{state.max_steps}." if state.max_steps else "Stopped."
         raise Stopped(f"{where} {what_is_kept(settings)}") from None
     except (RuntimeError, MemoryError) as error:
+        if ranks.count > 1 and lost_another(error):
+            raise RunError(f"Another process of this run ended without a word. {what_is_kept(settings)}") from error
         if not is_out_of_memory(error):
             raise
         model: Any = trainer.model
@@ -238,13 +291,8 @@ def _run(trainer: "VeneerSFTTrainer", settings: RunConfig, checkpoint: Path | No
             room=room_on(trainer.args.device, model),
         ) from None
     finally:
-        if is_empty(checkpoints):
+        if ranks.is_first and is_empty(checkpoints):
             shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def _trained(model: "PreTrainedModel") -> dict[str, "Tensor"]:
-    """Copies of what is trained, in main memory, to tell afterwards whether training did anything."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _save(
@@ -252,14 +300,18 @@ def _save(
     tokenizer: "PreTrainedTokenizerBase",
     output: Path,
     before: Mapping[str, "Tensor"],
+    after: Mapping[str, "Tensor"],
+    state: Mapping[str, "Tensor"] | None,
     said: str,
 ) -> Path:
-    """Write the adapter, its tokenizer and its card, once its numbers are finite and not those it began with."""
-    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Write the adapter, its tokenizer and its card, once its numbers are finite and not those it began with.
+
+    before, after  what is trained, by name; state  where the adapter's values are if the model is in shards
+    """
     broken = [name for name, p in after.items() if not p.isfinite().all()]
     if broken:
         raise RunError(f"{len(broken)} trained tensors hold numbers that are not finite, first {broken[0]}: not saved.")
-    if all(p.detach().cpu().equal(before[name]) for name, p in after.items()):
+    if all(value.equal(before[name]) for name, value in after.items()):
         raise RunError(
             f"Training changed nothing: all {len(after)} trained tensors are as they were, so no adapter was written.\n"
             "  Try a larger training.learning_rate, or more steps."
@@ -268,7 +320,7 @@ def _save(
     def fill(stage: Path) -> None:
         if (card := read_card(output / "adapter")) is not None:  # what its reader wrote into it stays
             (stage / CARD_FILE).write_bytes(card.encode())
-        model.save_pretrained(str(stage))
+        model.save_pretrained(str(stage), **({} if state is None else {"state_dict": state}))
         tokenizer.save_pretrained(str(stage))
         card_of_model(model, DEFAULT, stage, said={"training": said})
 

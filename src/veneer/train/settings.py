@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from veneer.config.init_names import DATA_DRIVEN
+from veneer.train.quantisation import INSTEAD, Quantization
 
 if TYPE_CHECKING:
     from veneer import LoraConfig
@@ -18,6 +19,15 @@ def _refuse_truth(value: Any) -> Any:
 
 
 NotTruth = BeforeValidator(_refuse_truth)
+
+
+def _name_the_usual(value: Any) -> Any:
+    """Other tools have other names, and some ways cannot be trained over: say what to take."""
+    if isinstance(value, str) and value.lower() in INSTEAD:
+        raise ValueError(f"{value}: {INSTEAD[value.lower()]}")
+    return value
+
+
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Whole = Annotated[int, NotTruth]
 Finite = Annotated[float, Field(allow_inf_nan=False), NotTruth]
@@ -144,6 +154,7 @@ class RunConfig(Section):
     model: Text
     revision: Text | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Annotated[Quantization | None, BeforeValidator(_name_the_usual)] = None
     data: Data
     lora: Lora = Lora()
     training: Training = Training()
@@ -154,6 +165,16 @@ class RunConfig(Section):
     def _settings_have_an_effect(self) -> Self:
         if self.training.eval_every and not (self.data.eval or self.data.eval_fraction):
             raise ValueError("training.eval_every needs rows to evaluate on: set data.eval or data.eval_fraction")
+        if self.quantization and self.dtype != "auto":
+            raise ValueError(
+                f"dtype={self.dtype} and quantization={self.quantization} both say how the weights are kept: leave dtype "
+                "at auto (what is not quantised is float32 then), or quantization out"
+            )
+        if self.quantization and self.lora.init_lora_weights == "loftq":
+            raise ValueError(
+                "lora.init_lora_weights=loftq rounds the weights itself and needs them in full precision: leave "
+                "quantization out, or take another start"
+            )
         if self.overwrite and self.training.resume:
             raise ValueError("overwrite starts anew and training.resume goes on: set one of them")
         return self

@@ -8,6 +8,7 @@ TEMPLATE = """\
 model: HuggingFaceTB/SmolLM2-135M-Instruct   # a hub id, or a folder that holds a transformers model
 revision: null             # branch, tag or commit on the hub
 dtype: auto                # float32 | bfloat16 | auto: bfloat16 where the accelerator has it, else float32
+quantization: null         # the base in fewer bits: nf4 | fp4 | int8 (bitsandbytes) | torchao-int8 | torchao-int4
 
 data:
   train: train.jsonl       # rows {"prompt": …, "completion": …} or {"messages": [{"role": …, "content": …}, …]}

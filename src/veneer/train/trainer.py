@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.data import Sampler
 from trl.trainer.sft_trainer import SFTTrainer
 
+from veneer.train.gathered import adapter_state, put_into_shards
 from veneer.train.loss import summed_loss
-from veneer.train.order import ByLength
+from veneer.train.order import ByLength, FillersLast
 from veneer.train.out_of_memory import Doing
+from veneer.train.resume import write_processes
 from veneer.train.schedule import Schedule, scheduler
 from veneer.train.tokens import IGNORED
 from veneer.train.watch import Meter, not_finite
@@ -23,13 +25,21 @@ class VeneerSFTTrainer(SFTTrainer):
     doing           what it is at, for the error that memory ran out
     schedule, warmup   as in run.yaml: how the learning rate goes, see schedule.py
     group_by_length    rows of similar length in one step, see order.py
+    fillers         how many rows at the end of the training and the evaluation set only make all processes' batches whole
     head            the output head where the loss may be taken in it, see loss.py; None: from the model's logits
     """
 
     def __init__(
-        self, *args: Any, meter: Meter, schedule: Schedule, warmup: float, group_by_length: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        meter: Meter,
+        schedule: Schedule,
+        warmup: float,
+        group_by_length: bool = False,
+        fillers: tuple[int, int] = (0, 0),
+        **kwargs: Any,
     ):
-        self.meter, self.group_by_length = meter, group_by_length
+        self.meter, self.group_by_length, self.fillers = meter, group_by_length, fillers
         self.schedule: Schedule = schedule
         self.warmup = warmup
         self.head: nn.Linear | None = None
@@ -64,8 +74,7 @@ class VeneerSFTTrainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward; RunError if the loss is not finite."""
-        mask = inputs.get("attention_mask")
-        self.meter.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        self.meter.tokens += self._read_by_all(inputs)
         self.doing.begin(inputs["input_ids"])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.doing.done()
@@ -73,13 +82,26 @@ class VeneerSFTTrainer(SFTTrainer):
             raise not_finite("loss", self.state.global_step + 1, Path(str(self.args.output_dir)))
         return loss
 
+    def _read_by_all(self, inputs: dict[str, Any]) -> int:
+        """How many tokens all processes read in this batch, padding and fillers not counted."""
+        mask, labels_BT = inputs.get("attention_mask"), inputs["labels"]
+        read_BT = torch.ones_like(labels_BT) if mask is None else mask
+        if self.accelerator.num_processes == 1:
+            return int(read_BT.sum())
+        read = read_BT[(labels_BT != IGNORED).any(dim=1)].sum()
+        return int(self.accelerator.reduce(read, "sum"))  # type: ignore
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The loss per learned token of the whole set; Trainer's own is a mean of the batches' means."""
         self._eval_loss, self._eval_tokens = 0.0, 0
         output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
         (name,) = [name for name in output.metrics if name.endswith("_loss")]
-        output.metrics[name] = self._eval_loss / self._eval_tokens
+        loss, tokens = self._eval_loss, self._eval_tokens
+        if self.accelerator.num_processes > 1:
+            sums = torch.tensor([loss, tokens], dtype=torch.float64, device=self.args.device)
+            loss, tokens = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore
+        output.metrics[name] = loss / tokens
         return output
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +126,8 @@ class VeneerSFTTrainer(SFTTrainer):
         """
         labels_BT = inputs.pop("labels")
         total, outputs = summed_loss(model, inputs, labels_BT, None if return_outputs else self.head)
-        learned = (labels_BT[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        own = (labels_BT[:, 1:] != IGNORED).sum().clamp(min=1)  # fillers alone: nothing is learned
+        learned = own if num_items_in_batch is None else num_items_in_batch
         loss = total / learned
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
@@ -117,21 +140,64 @@ class VeneerSFTTrainer(SFTTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clips; RunError before the step if the norm, which is that of all gradients, is no finite number."""
         norm = super()._clip_grad_norm(model)
-        if not torch.as_tensor(norm).isfinite():
+        if norm is not None and not torch.as_tensor(norm).isfinite():
             raise not_finite("gradient", self.state.global_step + 1, Path(str(self.args.output_dir)))
         return norm
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Rows shuffled, of similar length together where that is asked for."""
+        """Rows shuffled, of similar length together where that is asked for; fillers last."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        fillers = self.fillers[0]
         if not self.group_by_length:
-            return super()._get_train_sampler(train_dataset)
+            if not fillers:
+                return super()._get_train_sampler(train_dataset)
+            from accelerate.data_loader import SeedableRandomSampler
+
+            real = range(len(rows) - fillers)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return FillersLast(SeedableRandomSampler(real, data_seed=seed, generator=torch.Generator()), fillers)
         a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength([len(ids) for ids in rows["input_ids"]], a_step, seed=self.args.seed)
+        return ByLength([len(ids) for ids in rows["input_ids"]], a_step, seed=self.args.seed, fillers=fillers)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """The longest rows first: the loss is a sum over all of them, in any order."""
         if not self.group_by_length:
             return super()._get_eval_sampler(eval_dataset)
         lengths = [len(ids) for ids in eval_dataset["input_ids"]]
-        return sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        real = len(lengths) - self.fillers[1]
+        return [*sorted(range(real), key=lengths.__getitem__, reverse=True), *range(real, len(lengths))]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer does; of a model in shards the adapter alone is gathered, not the base."""
+        state = adapter_state(self.accelerator.unwrap_model(self.model))  # type: ignore
+        if state is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer does, but under FSDP without the whole model, whose adapter is saved already."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        import transformers.trainer as theirs
+
+        kept = theirs.save_fsdp_model
+        theirs.save_fsdp_model = lambda *_args, **_options: None
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            theirs.save_fsdp_model = kept
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer does, with a note of how many processes there are."""
+        if self.args.world_size > 1 and self.args.should_save:
+            write_processes(Path(output_dir), self.args.world_size)
+        super()._save_rng_state(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As Trainer does; into a model in shards the adapter alone."""
+        if self.is_fsdp_enabled:
+            put_into_shards(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))  # type: ignore
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -16,7 +16,7 @@ from veneer.train.resume import complete_checkpoints, step_of
 
 @dataclass
 class Meter:
-    """Tokens read so far, and the time since the first of them was."""
+    """Tokens read so far by all processes, and the time since the first of them was."""
 
     tokens: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -60,7 +60,10 @@ class LastStep(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Appends one JSON object a line: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, seconds."""
+    """Appends one JSON object a line: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, seconds.
+
+    The first process alone writes.
+    """
 
     def __init__(self, path: Path, meter: Meter):
         self.path, self.meter = path, meter
@@ -74,7 +77,7 @@ class LogFile(TrainerCallback):
         **rest: Any,
     ) -> None:
         """Write a training or evaluation loss; the summary at the end is not a step."""
-        if not logs or not {"loss", "eval_loss"} & logs.keys():
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         speed = {"tokens_per_second": round(self.meter.tokens_per_second, 1), "seconds": round(self.meter.seconds, 2)}
         with self.path.open("a", encoding="utf-8") as file:
