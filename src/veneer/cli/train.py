@@ -42,9 +42,11 @@ def train(
         raise RunError("--processes says how many --launch starts: name a profile, --launch ddp for example.")
     if launch is not None:
         from veneer.train.launch import launch as start
+        from veneer.train.resume import what_is_kept
 
-        load(file, settings or [])  # what is wrong with it is said once, by this process
-        raise typer.Exit(start(launch, processes, [str(file), *(settings or [])]))
+        run_config = load(file, settings or [])  # what is wrong with it is said once, by this process
+        arguments = [str(file), *(settings or [])]
+        raise typer.Exit(start(launch, processes, arguments, kept=lambda: what_is_kept(run_config)))
     from veneer.cli.say import report
     from veneer.train.ranks import ending_together
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.train.optimizer import optimizer_for
 from veneer.train.progress import Progress
-from veneer.train.ranks import shards_model
+from veneer.train.ranks import number, on_cpu, shards_model
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import IGNORED, Tokens
 
@@ -99,6 +99,7 @@ def arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConf
     recomputes = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"  # FSDP does it itself
     return SFTConfig(
         output_dir=str(folder),
+        use_cpu=number() > 1 and on_cpu(),  # else accelerate sees no processes where there is no accelerator
         num_train_epochs=run.epochs or 1,
         max_steps=run.max_steps or -1,
         per_device_train_batch_size=run.batch_size,

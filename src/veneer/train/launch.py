@@ -6,16 +6,15 @@ A profile is one of accelerate's own config files: those in profiles/, or a file
 
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import MissingPackageError, RunError
 from veneer.suggest import did_you_mean
-from veneer.train.ranks import number
+from veneer.train.ranks import number, on_cpu
 
 PROFILES = Path(__file__).parent / "profiles"
 NEEDS_ACCELERATOR = ("FSDP", "DEEPSPEED")
@@ -59,7 +58,7 @@ def count_processes(config: Any, wanted: int | None) -> int:
     import torch
 
     kind = getattr(config.distributed_type, "value", str(config.distributed_type))
-    devices = 0 if config.use_cpu or not torch.accelerator.is_available() else torch.accelerator.device_count()
+    devices = 0 if config.use_cpu or on_cpu() else torch.accelerator.device_count()
     if kind == "DEEPSPEED" and not find_spec("deepspeed"):
         raise MissingPackageError("This profile needs deepspeed, not installed here. Install with: pip install deepspeed")
     if kind in NEEDS_ACCELERATOR and not devices:
@@ -74,11 +73,13 @@ def count_processes(config: Any, wanted: int | None) -> int:
     return count
 
 
-def launch(profile: str, processes: int | None, arguments: Sequence[str]) -> int:
+def launch(profile: str, processes: int | None, arguments: Sequence[str], *, kept: Callable[[], str]) -> int:
     """Run `veneer train` with these arguments in several processes; their exit code, once all have ended.
 
+    kept  says what is left of a run that was killed
+
     A process that fails has said why; the others are ended. Raises what `profile_file`, `read_profile` and
-    `count_processes` raise, before any process is started.
+    `count_processes` raise, before any process is started; and RunError if one was killed.
     """
     if number() > 1:
         raise RunError("--launch starts processes, and this is one of several already: leave it out under torchrun.")
@@ -100,7 +101,7 @@ def launch(profile: str, processes: int | None, arguments: Sequence[str]) -> int
         try:
             launch_command(launch_command_parser().parse_args([*says, *arguments]))
         except ChildFailedError as error:
-            return _exit_code(error)
+            return _exit_code(error, kept)
         except SignalException as stop:
             return 128 + int(stop.sigval)
     return 0
@@ -110,12 +111,11 @@ def _threads(processes: int) -> int:
     return max(1, (os.cpu_count() or 1) // processes)
 
 
-def _exit_code(error: Any) -> int:
-    """That of the process that failed first; a process that was killed is told of here, as it could not."""
+def _exit_code(error: Any, kept: Callable[[], str]) -> int:
+    """That of the process that failed first. One that was killed could not say so: RunError says it."""
     rank, first = error.get_first_failure()
     if first.exitcode < 0:
-        sys.stderr.write(
-            f"RunError: Process {rank} of this run was killed by signal {-first.exitcode} (is there enough memory?).\n"
+        raise RunError(
+            f"Process {rank} of this run was killed by signal {-first.exitcode}, perhaps for want of main memory. {kept()}"
         )
-        return 128 - first.exitcode
     return first.exitcode

@@ -111,8 +111,18 @@ def join() -> Ranks:
         return Ranks()
     from accelerate import PartialState
 
-    state = PartialState(timeout=timedelta(minutes=60))
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(minutes=60))
     return Ranks(state.process_index, state.num_processes)
+
+
+def on_cpu() -> bool:
+    """Whether the processes of a run share the CPU: there is no accelerator whose kind can talk to others of it."""
+    import torch
+
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        return True
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device is None or device.type == "mps"
 
 
 def shards_model() -> str | None:

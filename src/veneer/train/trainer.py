@@ -168,12 +168,16 @@ class VeneerSFTTrainer(SFTTrainer):
         return [*sorted(range(real), key=lengths.__getitem__, reverse=True), *range(real, len(lengths))]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer does; of a model in shards the adapter alone is gathered, not the base."""
+        """As Trainer does; of a model in shards the adapter alone is gathered, not the base.
+
+        The adapter's folder appears in one step. What other processes had put there before would be gone: they wait.
+        """
         state = adapter_state(self.accelerator.unwrap_model(self.model))  # type: ignore
         if state is None:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir, state_dict=state)
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As Trainer does, but under FSDP without the whole model, whose adapter is saved already."""
