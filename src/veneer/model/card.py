@@ -14,6 +14,7 @@ from veneer.layers.saved_module import Copies
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.model.card_loading import how_to_load
 from veneer.model.contents import Contents, contents_of, scale_of
+from veneer.model.report import numbers_in
 from veneer.storage.adapter_file import CHECKSUM, read_config, read_weights_header
 from veneer.storage.card import CARD_FILE, may_be_written, read_card, section, updated, with_metadata
 from veneer.storage.header import Header
@@ -64,7 +65,7 @@ def _base_numbers(model: nn.Module) -> int:
     """How many numbers the base has, each counted once, whatever adapters lie over it."""
     found, modules = {}, [model]
     for module in modules:
-        found |= {id(value): value.numel() for value in module._parameters.values() if value is not None}
+        found |= {id(value): numbers_in(value) for value in module._parameters.values() if value is not None}
         modules += [child for child in module._modules.values() if child is not None and not isinstance(child, _OURS)]
     return sum(found.values())
 

@@ -38,6 +38,7 @@ def prepare_model_for_kbit_training(
         raise AttachError("The model has adapters already, which would be frozen: prepare it before attaching them.")
     method = _quantisation(model)
     model.requires_grad_(False)
+    _leave_as_quantised(model)
     if method not in _KEEPS_HALF:
         for parameter in model.parameters():
             if parameter.dtype in _HALF and _is_plain(parameter):
@@ -87,6 +88,16 @@ def _quantisation(model: Any) -> str | None:
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         return "bitsandbytes"
     return next((store_of(module).name for module in model.modules() if is_quantised(module)), None)
+
+
+def _leave_as_quantised(model: nn.Module) -> None:
+    """Let bitsandbytes not reorder 4-bit weights for a fast CPU on their first call in evaluation.
+
+    What it computes from them then has no gradient, so training after an evaluation would go on with wrong ones.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _switch_on_checkpointing(model: Any, options: dict[str, Any]) -> None:

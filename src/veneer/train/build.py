@@ -45,6 +45,7 @@ def build_trainer(
     at_once = args.per_device_train_batch_size * args.world_size
     fillers, eval_fillers = ((-len(part.examples)) % at_once if args.world_size > 1 else 0 for part in (data, eval_data))
     fillers = 0 if settings.training.packing else fillers
+    values = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = VeneerSFTTrainer(
         model=model,
         args=args,
@@ -58,6 +59,7 @@ def build_trainer(
         group_by_length=settings.training.group_by_length and not settings.training.packing,
         fillers=(fillers, eval_fillers),
     )
+    _undo_casts(model, values)
     # now that the model is where it will run; under ZeRO 3 it is nowhere as a whole
     trainer.head = plain_head(model) if shards_model() != "ZeRO-3" else None
     if trainer.head is None:
@@ -68,6 +70,13 @@ def build_trainer(
     trainer.optimizer = optimizer  # None: the trainer makes its own
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _undo_casts(model: "PreTrainedModel", values: dict[str, Any]) -> None:
+    """Keep what is trained in its dtype: over a quantised base TRL rounds it to bfloat16, whose steps are too coarse."""
+    for name, parameter in model.named_parameters():
+        if name in values and parameter.dtype != values[name].dtype:
+            parameter.data = values[name].to(parameter.device)
 
 
 def _dataset(tokens: Tokens, fillers: int) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from veneer.errors import RunError
 from veneer.train.folders import refuse_adapter, refuse_run_folder
 from veneer.train.packages import require
-from veneer.train.quantisation import Quantization, quantization_config, refuse_quantised, refuse_unusable
+from veneer.train.quantisation import Quantization, not_rounded, quantization_config, refuse_quantised, refuse_unusable
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,8 @@ def load_model(
 
         if is_out_of_memory(error):
             raise model_too_large(name, error) from error
+        if quantization is not None:
+            raise RunError(not_rounded(name, quantization, error)) from error
         raise RunError(f"The weights of {name} do not fit its config.json{_reason(error)}") from error
     except (OSError, ValueError) as error:
         raise _not_loaded("model", name, error) from error

@@ -133,3 +133,10 @@ def refuse_quantised(name: str, config: Any, quantization: Quantization) -> None
         f"{name} is quantised already ({getattr(method, 'value', method)}): leave quantization={quantization} out, "
         "or name the model in full precision."
     )
+
+
+def not_rounded(name: str, quantization: Quantization, error: BaseException) -> str:
+    """What to say where a package could not round the weights of a model that it could load."""
+    hint = " All widths must be multiples of 32." if quantization == "torchao-int4" else ""
+    reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+    return f"{name} cannot be kept in {WAYS[quantization].says}: {reason}.{hint} Try nf4 or int8, or another device."
