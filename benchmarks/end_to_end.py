@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from benchmarks.harness import Aim, Figure, Options, Row, Table, main
-from veneer.train.build import arguments, build_trainer
+from veneer.train.build import arguments, arguments, build_trainer
 from veneer.train.demo import FULL, _rows
 from veneer.train.load import load_model, load_tokenizer
 from veneer.train.progress import Progress
@@ -143,8 +143,8 @@ def veneer_trainer(run: RunConfig, data: Tokens) -> Trainer:
         data,
         Tokens([]),
         run,
+        arguments(run, output, evaluates=False),
         log_file=output / "logs" / "log.jsonl",
-        checkpoints=output,
         progress=Progress(),
         meter=Meter(),
     )

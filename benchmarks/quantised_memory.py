@@ -21,15 +21,17 @@ from benchmarks.peak import ALLOCATOR, HOME
 from benchmarks.record import RESULTS
 from veneer.train.estimate import SMOLLM2_135M, Keeping, Run, memory
 
-ABOUT = """Bytes that a training step of LoRA holds, part by part, over SmolLM2-135M kept in four ways; one process each.
+ABOUT = """Bytes that a training step of LoRA holds, part by part, over SmolLM2-135M kept in four ways, a process each.
 Weights, adapters, gradients and optimizer are counted tensor by tensor, activations by saved-tensor hooks, each storage
-once. The arithmetic is that of `veneer.train.estimate`. Resident is what the process grew by when the model came, and
-the most it grew by in a step: torch's allocator, and what no tensor says, are in it."""
+once. The arithmetic is that of `veneer.train.estimate`. Resident is what the process grew by until its first step was
+done, libraries among it, and the most that it grew by in a second step: the allocator, and what no tensor says."""
+PAGE = HOME / "docs" / "quantised.md"
+BEGIN, END = "<!-- table: written from benchmarks/results/quantised_memory.json -->", "<!-- table: end -->"
 MIB = 2**20
 KEPT: tuple[Keeping, ...] = ("float32", "bfloat16", "int8", "nf4")
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations")
 TINY = replace(SMOLLM2_135M, name="tiny", width=64, mlp=128, layers=2, heads=2, kv_heads=1, vocabulary=512)
-COLUMNS = ("base", *PARTS, "sum", "resident: model", "resident: step")
+COLUMNS = ("base", *PARTS, "sum", "resident: before", "resident: step")
 
 
 def run_of(keeping: Keeping, *, quick: bool = False) -> Run:
@@ -100,7 +102,7 @@ def step_parts(keeping: Keeping, *, quick: bool) -> dict[str, int]:
         "gradients": counted(iter(gradients)),
         "optimizer": counted(iter(states)),
         "activations": saved_bytes(model, forward),
-        "resident: model": held - begun,
+        "resident: before": held - begun,
     }
     optimizer.zero_grad()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -175,9 +177,12 @@ def matrix(made: Figure) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_of_record() -> str:
-    """The table of what was measured and recorded."""
-    return matrix(Figure.load(RESULTS / "quantised_memory.json"))
+def with_table(page: str, results: Path = RESULTS) -> str:
+    """docs/quantised.md with the table of what is recorded."""
+    made = Figure.load(results / "quantised_memory.json")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{matrix(made)}\n{END}{after}"
 
 
 if __name__ == "__main__":
@@ -186,3 +191,5 @@ if __name__ == "__main__":
         print(json.dumps(step_parts(which, quick=short)))
     else:
         main(figure, __doc__)
+        if (RESULTS / "quantised_memory.json").exists():
+            PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

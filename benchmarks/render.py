@@ -18,6 +18,7 @@ FIGURES = (
     "adapter_files",
     "mixed_batch",
     "scaling",
+    "quantised_memory",
 )
 
 HEAD = """# Benchmarks

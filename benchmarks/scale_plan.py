@@ -53,7 +53,9 @@ def parts_table() -> str:
     lines = []
     for shape in MODELS:
         for keeping in ("bfloat16", "nf4"):
-            run = Run(shape, keeping, rows=1, tokens=4096, checkpointing=True, computes=2 if keeping == "bfloat16" else 4)
+            run = Run(
+                shape, keeping, rows=1, tokens=4096, checkpointing=True, computes=2 if keeping == "bfloat16" else 4
+            )
             parts = memory(run)
             cells = [_size(value) for value in parts.values()]
             lines.append([f"{shape.name}, {keeping}", *cells, _marked(parts)])

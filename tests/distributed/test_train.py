@@ -15,7 +15,7 @@ from train.tiny_run import WEIGHTS, settings
 
 TESTS = Path(__file__).parents[1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
 def python(*arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -59,6 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(settings(model, file, folder / "shuffled-1", group_by_length=False, lora={"use_dora": True}, **common))
     longer = {**common, "max_steps": 6, "epochs": None, "schedule": "constant"}
     train(settings(model, file, folder / "whole", **longer))
+    train(settings(model, file, folder / "pissa-1", lora={"init_lora_weights": "pissa"}, **common))
+    train(settings(model, file, folder / "nf4-1", **common).model_copy(update={"quantization": "nf4"}))
     (folder / "one.json").write_text(json.dumps({"eval": result.eval_losses, "tokens": result.tokens}))
     return folder
 
@@ -144,3 +146,22 @@ def test_a_process_that_fails_ends_all_with_one_error_and_the_run_can_go_on(fold
     again = python("-m", "veneer.cli", "train", file, "training.resume=true", "training.batch_size=4")
     assert again.returncode == 0, again.stderr
     assert distance(folder / "grouped-1", folder / f"fails-{how}") < 1e-5
+
+
+def test_processes_that_torchrun_starts_again_go_on(folder: Path) -> None:
+    file = run_file(folder, "restarted")
+    done = python(*TORCHRUN, "--max-restarts", "1", TESTS / "distributed" / "train_fails.py", "memory", file)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "Going on from" in done.stdout
+    assert distance(folder / "grouped-1", folder / "restarted") < 1e-5
+
+
+def test_two_processes_under_accelerates_fsdp2_are_one(folder: Path) -> None:
+    done = python(*TORCHRUN, TESTS / "distributed" / "train_sharded.py", folder)
+    assert done.returncode == 0, done.stderr[-6000:]
+    pairs = {"whole": "resumed", "shuffled-1": "dora", "pissa-1": "pissa", "nf4-1": "nf4"}
+    for one, name in pairs.items():
+        assert distance(folder / one, folder / f"fsdp-{name}") < 1e-5, name
+    files = {file.name for file in (folder / "fsdp-resumed" / "checkpoints" / "checkpoint-6").iterdir()}
+    assert "optimizer.bin" in files
+    assert not any(name.startswith(("pytorch_model", "model")) for name in files)  # no copy of the base

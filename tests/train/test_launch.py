@@ -26,7 +26,8 @@ def handed_over(profile: str, monkeypatch: pytest.MonkeyPatch) -> tuple[SimpleNa
 def test_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
     args, env = handed_over("ddp", monkeypatch)
     assert args.multi_gpu
-    assert not (args.use_fsdp or args.use_deepspeed)
+    assert not args.use_fsdp
+    assert not args.use_deepspeed
     assert args.nproc_per_node == "8"
     assert env["ACCELERATE_MIXED_PRECISION"] == "no"
 

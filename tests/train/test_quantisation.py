@@ -34,7 +34,9 @@ def problem(*overrides: str) -> str:
 def test_each_way_has_a_name_and_an_extra() -> None:
     import tomllib
 
-    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for name in get_args(Quantization):
         assert parse(SMALL, [f"quantization={name}"]).quantization == name
         assert any(WAYS[name].package in line for line in extras[WAYS[name].package])
@@ -79,7 +81,9 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_base_that_is_quantised_already_is_refused(chat_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(chat_model, tmp_path / "gptq"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(RunError, match=r"is quantised already \(gptq\): leave quantization=nf4 out"):
         load_model(str(folder), quantization="nf4")
 
@@ -114,7 +118,9 @@ def test_a_run_over_a_quantised_base(way: Quantization, chat_model: Path, rows_f
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["quantization"] == way
     card = (result.adapter_dir / "README.md").read_text(encoding="utf-8")
     assert f"| precision of the base | {WAYS[way].says} (`{way}`) |" in card
-    assert json.loads((result.adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(chat_model)
+    assert json.loads((result.adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        chat_model
+    )
 
 
 def test_adapters_stay_in_float32_and_go_on_learning_after_an_evaluation(
@@ -125,8 +131,8 @@ def test_adapters_stay_in_float32_and_go_on_learning_after_an_evaluation(
 
     seen = []
     monkeypatch.setattr(run, "_run", lambda trainer, *rest: seen.append(trainer))
-    monkeypatch.setattr(run, "_save", lambda *_: tmp_path)
-    monkeypatch.setattr(run, "_plot", lambda *_: None)
+    monkeypatch.setattr(run, "save", lambda *_: tmp_path)
+    monkeypatch.setattr(run, "plot", lambda *_: None)
     config = settings(chat_model, rows_file, tmp_path / "out")
     train(config.model_copy(update={"quantization": "nf4"}))
     model = seen[0].model

@@ -12,7 +12,7 @@ from train.tiny_chat import write_rows
 from train.tiny_run import WEIGHTS, Told, settings
 from veneer.errors import RunError
 from veneer.train.adapted import load_adapted
-from veneer.train.resume import Stopped, newest_checkpoint, trim_log
+from veneer.train.resume import Stopped, newest_checkpoint, note_attempt, started_again, trim_log
 from veneer.train.run import train
 
 
@@ -249,3 +249,28 @@ def test_a_log_is_cut_back_to_a_step(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"step": 3}\n{"step": 3, "eval_loss": 1}\n{"step": 4}\n{"st')
     trim_log(file, 3)
     assert file.read_text() == '{"step": 1}\n{"step": 3}\n{"step": 3, "eval_loss": 1}\n'
+
+
+def test_a_restart_goes_on_with_its_own_attempt_alone(
+    chat_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    config = settings(chat_model, rows_file, out)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run1")
+    assert started_again(config) is config
+    out.mkdir()
+    note_attempt(out)
+    assert started_again(config) is config  # the first attempt
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert started_again(config).overwrite  # nothing to go on from
+    whole = out / "checkpoints" / "checkpoint-2"
+    whole.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json"):
+        (whole / name).write_text("{}")
+    (whole / "processes.json").write_text('{"processes": 2}')
+    assert started_again(config).overwrite  # the second process had not written its part
+    (whole / "rng_state_1.pth").touch()
+    again = started_again(config)
+    assert (again.training.resume, again.overwrite) == (True, False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run2")
+    assert started_again(config) is config

@@ -91,4 +91,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if is_first():  # of several processes of a run
         say("Note", str(message), "yellow")
-

@@ -10,8 +10,14 @@
     loss.py       cross-entropy of the learned tokens alone
     order.py      rows of similar length in one step
     schedule.py   the learning rate of each step
+    quantisation.py  a base in 8 or 4 bits
+    ranks.py      the processes of a run: what they agree on, and how they end together
+    gathered.py   whole values of what lies in shards
+    launch.py     processes for several devices, through accelerate; profiles/ are its config files
+    estimate.py   memory and traffic by arithmetic
     build.py      a trainer from settings
     run.py        settings to an adapter folder
+    finish.py     what a run leaves behind
     resume.py     going on with a run that was stopped, or refusing to
     watch.py      Trainer callbacks: the log file, the progress display
     progress.py   what the terminal shows meanwhile

@@ -43,7 +43,9 @@ def build_trainer(
     adamw = VeneerSFTTrainer.get_optimizer_cls_and_kwargs(args, model)
     optimizer = optimizer_for(model, settings, adamw=adamw)  # before the trainer makes the folder of checkpoints
     at_once = args.per_device_train_batch_size * args.world_size
-    fillers, eval_fillers = ((-len(part.examples)) % at_once if args.world_size > 1 else 0 for part in (data, eval_data))
+    fillers, eval_fillers = (
+        (-len(part.examples)) % at_once if args.world_size > 1 else 0 for part in (data, eval_data)
+    )
     fillers = 0 if settings.training.packing else fillers
     values = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = VeneerSFTTrainer(
@@ -73,7 +75,7 @@ def build_trainer(
 
 
 def _undo_casts(model: "PreTrainedModel", values: dict[str, Any]) -> None:
-    """Keep what is trained in its dtype: over a quantised base TRL rounds it to bfloat16, whose steps are too coarse."""
+    """Keep what is trained in its dtype: over a quantised base TRL rounds it to bfloat16, too coarse for small steps."""
     for name, parameter in model.named_parameters():
         if name in values and parameter.dtype != values[name].dtype:
             parameter.data = values[name].to(parameter.device)

@@ -1,6 +1,6 @@
 """What a training run takes, by arithmetic: bytes of each part in memory, and bytes that cross the wires in a step.
 
-    weights       the base as it is kept, and its buffers; in shards a 1/n of it, and the layer that is at work as a whole
+    weights       the base as it is kept, and its buffers; in shards 1/n of it, and the layers at work as a whole
     adapters      in float32
     gradients     of the adapters
     optimizer     Adam's two numbers for each of the adapters

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from veneer.model.files import read_checked
@@ -35,13 +36,22 @@ def whole(tensor: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put every parameter back into shards, which what an evaluation gathered last are not."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Whole values of what is trained, by name."""
+    reshard(model)
     return {name: whole(p) for name, p in _named(model.named_parameters()) if p.requires_grad}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
     """Whole values of adapters and of what is trained beside them, by name; None if nothing is in shards."""
+    reshard(model)
     named = [*_named(model.named_parameters()), *_named(model.named_buffers())]
     if not any(is_sharded(value) for _, value in named):
         return None
@@ -50,6 +60,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
 
 def put_into_shards(model: nn.Module, folder: Path) -> None:
     """Give a sharded model's adapter the values in a folder; AdapterFileError if they do not fit."""
+    reshard(model)
     values: Mapping[str, Tensor] = read_checked(model, DEFAULT, folder)
     with torch.no_grad():
         for key, own in adapter_tensors(model, DEFAULT).items():

@@ -60,7 +60,9 @@ def count_processes(config: Any, wanted: int | None) -> int:
     kind = getattr(config.distributed_type, "value", str(config.distributed_type))
     devices = 0 if config.use_cpu or on_cpu() else torch.accelerator.device_count()
     if kind == "DEEPSPEED" and not find_spec("deepspeed"):
-        raise MissingPackageError("This profile needs deepspeed, not installed here. Install with: pip install deepspeed")
+        raise MissingPackageError(
+            "This profile needs deepspeed, not installed here. Install with: pip install deepspeed"
+        )
     if kind in NEEDS_ACCELERATOR and not devices:
         raise RunError(f"This profile shards over GPUs, and torch finds none here ({kind}). On CPUs: --launch ddp.")
     if config.num_machines > 1:
@@ -116,6 +118,6 @@ def _exit_code(error: Any, kept: Callable[[], str]) -> int:
     rank, first = error.get_first_failure()
     if first.exitcode < 0:
         raise RunError(
-            f"Process {rank} of this run was killed by signal {-first.exitcode}, perhaps for want of main memory. {kept()}"
+            f"Process {rank} of this run was killed by signal {-first.exitcode}, perhaps for want of memory. " + kept()
         )
     return first.exitcode

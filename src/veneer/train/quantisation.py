@@ -68,8 +68,9 @@ def _torchao_4(compute: "torch.dtype", storage: "torch.dtype") -> Any:
     from torchao.quantization.granularity import PerGroup
     from transformers import TorchAoConfig
 
+    int4: torch.dtype = vars(torch)["int4"]
     # Int4WeightOnlyConfig has kernels for some GPUs alone
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32)))
 
 
 WAYS: dict[str, Way] = {
@@ -90,7 +91,7 @@ INSTEAD = {
     "int4": "nf4 (bitsandbytes) or torchao-int4 keep 4 bits",
     "qlora": "nf4 is what QLoRA uses",
     "torchao-int4-weight-only": "torchao-int4 runs on every device, CPUs among them",
-    "torchao-int8-dynamic": "rounding the inputs as well, torchao has no gradient for it: torchao-int8 rounds the weights",
+    "torchao-int8-dynamic": "torchao has no gradient for it: torchao-int8 rounds the weights alone",
     "gptq": "GPTQ needs data to quantise with: name a model that is in GPTQ already, and leave quantization out",
     "awq": "AWQ needs data to quantise with: name a model that is in AWQ already, and leave quantization out",
     "hqq": "transformers 5 does not load HQQ: nf4 comes close",

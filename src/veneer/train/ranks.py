@@ -81,7 +81,7 @@ class Ranks:
     def first_does(self, act: Callable[[], T]) -> T:
         """What the first process gets from `act`, which it alone calls; its error ends all."""
         made = self.agree(lambda: act() if self.is_first else None)
-        return made if self.count == 1 else self.gather(made)[0]
+        return self.gather(made)[0]
 
     def must_equal(self, value: Any, what: str) -> None:
         """Raise RunError in each process if they have different values of `what`."""

@@ -8,6 +8,7 @@ what to log and to keep, and in what portions to compute a step, for want of mem
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -22,7 +23,7 @@ FORMERLY = ("training.group_by_length=false",)  # what a run did before it could
 SETTINGS_FILE, DATA_FILE, LOG_FILE, CHECKPOINTS = "run.yaml", "data.json", "log.jsonl", "checkpoints"
 CHECKPOINT_FILES = ("adapter_model.safetensors", "scheduler.pt", "trainer_state.json")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "latest")  # of Trainer, of FSDP, of DeepSpeed: one of them
-PROCESSES_FILE = "processes.json"
+PROCESSES_FILE, ATTEMPT_FILE = "processes.json", "launch.json"
 MAY_DIFFER = {  # the data is compared by what it holds, not by where it lies; the output is where we look
     "output",
     "overwrite",
@@ -230,6 +231,33 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return float("inf")
+
+
+def note_attempt(output: Path) -> None:
+    """Note in the output which of torchrun's runs writes it."""
+    if run_id := os.environ.get("TORCHELASTIC_RUN_ID"):
+        write_file(output / ATTEMPT_FILE, json.dumps({"run_id": run_id}).encode())
+
+
+def started_again(settings: RunConfig) -> RunConfig:
+    """The settings of a run whose processes torchrun starts again (`--max-restarts`) after one has failed.
+
+    If the attempt before wrote to the output, this one goes on from its newest checkpoint, or begins anew if there is
+    none. An output of any other run is as untouchable as ever.
+    """
+    output = Path(settings.output).expanduser()
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or run_id is None:
+        return settings
+    try:
+        ours = json.loads((output / ATTEMPT_FILE).read_text(encoding="utf-8"))["run_id"] == run_id
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        return settings
+    there = bool(complete_checkpoints(output / CHECKPOINTS))
+    training = settings.training.model_copy(update={"resume": there})
+    return settings.model_copy(update={"training": training, "overwrite": not there})
 
 
 def what_is_kept(settings: RunConfig) -> str:

@@ -10,23 +10,19 @@ OUTPUT/checkpoints/   where training.save_every asks for them
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import RunError
-from veneer.model.model_card import card_of_model
-from veneer.model.overlay import DEFAULT
 from veneer.model.precision import prepare_model_for_kbit_training
-from veneer.storage.card import CARD_FILE, read_card
-from veneer.storage.write import write_folder
 from veneer.train.build import arguments, build_trainer
 from veneer.train.card import training_section
+from veneer.train.finish import plot, save
 from veneer.train.folders import is_empty, refuse_non_empty, refuse_unwritable
 from veneer.train.gathered import adapter_state, trained
 from veneer.train.load import load_model, load_tokenizer
-from veneer.train.packages import has, require
+from veneer.train.packages import require
 from veneer.train.progress import Progress
 from veneer.train.quantisation import WAYS, refuse_unusable
 from veneer.train.quiet import quiet
@@ -38,8 +34,10 @@ from veneer.train.resume import (
     Stopped,
     fingerprint,
     newest_checkpoint,
+    note_attempt,
     processes_of,
     refuse_changes,
+    started_again,
     step_of,
     trim_log,
     what_is_kept,
@@ -50,7 +48,6 @@ from veneer.train.settings import RunConfig
 from veneer.train.tokens import Tokens
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl.trainer.sft_config import SFTConfig
 
@@ -79,6 +76,8 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
     Nothing is written or deleted before the rows, the model and the adapter are known to fit. The adapter folder
     appears complete or not at all; one that is there stays until a new one is finished.
 
+    Where torchrun starts the processes again (`--max-restarts`), the run goes on from its newest checkpoint.
+
     In each process of a run of several (torchrun, accelerate) it is called with the same settings; the first alone
     shows progress and writes. What is wrong in one of them ends all.
 
@@ -89,6 +88,7 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
     require("train")
     ranks = join()
     progress = progress if progress and ranks.is_first else Progress()
+    settings = ranks.first_does(lambda: started_again(settings))
     output = Path(settings.output).expanduser()
     ranks.agree(lambda: refuse_unusable(settings.quantization))
     checkpoint = ranks.first_does(lambda: _check_output(output, settings))
@@ -108,9 +108,7 @@ def _read(settings: RunConfig) -> tuple[Sets, Fingerprint]:
     return sets, fingerprint(settings, sets.counts)
 
 
-def _refuse_other_run(
-    output: Path, settings: RunConfig, record: Fingerprint, checkpoint: Path, ranks: Ranks
-) -> None:
+def _refuse_other_run(output: Path, settings: RunConfig, record: Fingerprint, checkpoint: Path, ranks: Ranks) -> None:
     """Raise RunError if the checkpoint is not one of this run, or not to be seen from here."""
     if not checkpoint.is_dir():
         raise RunError(f"{checkpoint} is not here: to go on, all machines must share the output folder.")
@@ -227,9 +225,9 @@ def _fit(
     )
     after, state = trained(model), adapter_state(model)  # all gather what only the first writes
     return Result(
-        adapter_dir=ranks.first_does(lambda: _save(model, tokenizer, output, before, after, state, said)),
+        adapter_dir=ranks.first_does(lambda: save(model, tokenizer, output, before, after, state, said)),
         log_file=log_file,
-        plot=ranks.first_does(lambda: _plot(losses, eval_losses, output / "loss.png", progress)),
+        plot=ranks.first_does(lambda: plot(losses, eval_losses, output / "loss.png", progress)),
         losses=losses,
         eval_losses=eval_losses,
         steps=trainer.state.global_step,
@@ -255,6 +253,7 @@ def _make_room(output: Path, checkpoint: Path | None, settings: RunConfig, recor
         shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
         (output / LOG_FILE).unlink(missing_ok=True)
     write_record(output, settings, record)
+    note_attempt(output)
 
 
 def _run(
@@ -293,48 +292,3 @@ def _run(
     finally:
         if ranks.is_first and is_empty(checkpoints):
             shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def _save(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    output: Path,
-    before: Mapping[str, "Tensor"],
-    after: Mapping[str, "Tensor"],
-    state: Mapping[str, "Tensor"] | None,
-    said: str,
-) -> Path:
-    """Write the adapter, its tokenizer and its card, once its numbers are finite and not those it began with.
-
-    before, after  what is trained, by name; state  where the adapter's values are if the model is in shards
-    """
-    broken = [name for name, p in after.items() if not p.isfinite().all()]
-    if broken:
-        raise RunError(f"{len(broken)} trained tensors hold numbers that are not finite, first {broken[0]}: not saved.")
-    if all(value.equal(before[name]) for name, value in after.items()):
-        raise RunError(
-            f"Training changed nothing: all {len(after)} trained tensors are as they were, so no adapter was written.\n"
-            "  Try a larger training.learning_rate, or more steps."
-        )
-
-    def fill(stage: Path) -> None:
-        if (card := read_card(output / "adapter")) is not None:  # what its reader wrote into it stays
-            (stage / CARD_FILE).write_bytes(card.encode())
-        model.save_pretrained(str(stage), **({} if state is None else {"state_dict": state}))
-        tokenizer.save_pretrained(str(stage))
-        card_of_model(model, DEFAULT, stage, said={"training": said})
-
-    write_folder(output / "adapter", fill)
-    return output / "adapter"
-
-
-def _plot(
-    losses: Sequence[tuple[int, float]], eval_losses: Sequence[tuple[int, float]], path: Path, progress: Progress
-) -> Path | None:
-    from veneer.train.plot import plot_losses
-
-    if not has("plot"):
-        progress.say("Note: no loss.png, as matplotlib is not installed: pip install 'veneer[plot]'")
-        return None
-    plot_losses(losses, path, eval_losses=eval_losses)
-    return path

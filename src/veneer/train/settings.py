@@ -167,8 +167,8 @@ class RunConfig(Section):
             raise ValueError("training.eval_every needs rows to evaluate on: set data.eval or data.eval_fraction")
         if self.quantization and self.dtype != "auto":
             raise ValueError(
-                f"dtype={self.dtype} and quantization={self.quantization} both say how the weights are kept: leave dtype "
-                "at auto (what is not quantised is float32 then), or quantization out"
+                f"dtype={self.dtype} and quantization={self.quantization} both say how the weights are kept: leave "
+                "dtype at auto (what is not quantised is float32 then), or quantization out"
             )
         if self.quantization and self.lora.init_lora_weights == "loftq":
             raise ValueError(

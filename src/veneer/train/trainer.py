@@ -25,7 +25,7 @@ class VeneerSFTTrainer(SFTTrainer):
     doing           what it is at, for the error that memory ran out
     schedule, warmup   as in run.yaml: how the learning rate goes, see schedule.py
     group_by_length    rows of similar length in one step, see order.py
-    fillers         how many rows at the end of the training and the evaluation set only make all processes' batches whole
+    fillers         how many rows at the end of the training and of the evaluation set only make batches whole
     head            the output head where the loss may be taken in it, see loss.py; None: from the model's logits
     """
 
@@ -184,8 +184,9 @@ class VeneerSFTTrainer(SFTTrainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        import transformers.trainer as theirs
+        from transformers import trainer
 
+        theirs: Any = trainer
         kept = theirs.save_fsdp_model
         theirs.save_fsdp_model = lambda *_args, **_options: None
         try:
