@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from benchmarks.harness import Aim, Figure, Options, Row, Table, main
-from veneer.train.build import arguments, arguments, build_trainer
+from veneer.train.build import arguments, build_trainer
 from veneer.train.demo import FULL, _rows
 from veneer.train.load import load_model, load_tokenizer
 from veneer.train.progress import Progress

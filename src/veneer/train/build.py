@@ -75,7 +75,7 @@ def build_trainer(
 
 
 def _undo_casts(model: "PreTrainedModel", values: dict[str, Any]) -> None:
-    """Keep what is trained in its dtype: over a quantised base TRL rounds it to bfloat16, too coarse for small steps."""
+    """Keep what is trained in its dtype: TRL rounds it to bfloat16 over a quantised base, too coarse a grid."""
     for name, parameter in model.named_parameters():
         if name in values and parameter.dtype != values[name].dtype:
             parameter.data = values[name].to(parameter.device)
