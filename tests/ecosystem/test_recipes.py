@@ -103,3 +103,9 @@ def test_a_real_encoder_learns_to_tag(tmp_path: Path) -> None:
     report = run(RECIPES / "token_classification.py", *arguments, door="veneer", folder=tmp_path)
     assert report["accuracy_before"] < 0.4
     assert report["accuracy_after"] > 0.8
+
+
+def test_the_recipe_of_8_bits_holds_on_a_real_model(tmp_path: Path) -> None:
+    arguments = ["--model", small_model(), "--output", tmp_path / "out", "--rows", 16, "--learning-rate", 2e-3]
+    report = run(RECIPES / "int8.py", *arguments, door="veneer", folder=tmp_path)
+    assert report["loss_after"] < 0.95 * report["loss_before"]

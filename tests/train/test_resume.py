@@ -12,7 +12,7 @@ from train.tiny_chat import write_rows
 from train.tiny_run import WEIGHTS, Told, settings
 from veneer.errors import RunError
 from veneer.train.adapted import load_adapted
-from veneer.train.resume import Stopped, newest_checkpoint, note_attempt, started_again, trim_log
+from veneer.train.resume import Start, Stopped, newest_checkpoint, note_attempt, started_again, trim_log
 from veneer.train.run import train
 
 
@@ -257,10 +257,11 @@ def test_a_restart_goes_on_with_its_own_attempt_alone(
     out = tmp_path / "out"
     config = settings(chat_model, rows_file, out)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run1")
-    assert started_again(config) is config
+    as_asked = Start(resume=False, overwrite=False)
+    assert started_again(config) == as_asked
     out.mkdir()
     note_attempt(out)
-    assert started_again(config) is config  # the first attempt
+    assert started_again(config) == as_asked  # the first attempt
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert started_again(config).overwrite  # nothing to go on from
     whole = out / "checkpoints" / "checkpoint-2"
@@ -270,7 +271,7 @@ def test_a_restart_goes_on_with_its_own_attempt_alone(
     (whole / "processes.json").write_text('{"processes": 2}')
     assert started_again(config).overwrite  # the second process had not written its part
     (whole / "rng_state_1.pth").touch()
-    again = started_again(config)
-    assert (again.training.resume, again.overwrite) == (True, False)
+    assert started_again(config) == Start(resume=True, overwrite=False)
+    assert started_again(config).applied_to(config).training.resume
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run2")
-    assert started_again(config) is config
+    assert started_again(config) == as_asked

@@ -111,8 +111,29 @@ def join() -> Ranks:
         return Ranks()
     from accelerate import PartialState
 
-    state = PartialState(cpu=on_cpu(), timeout=timedelta(minutes=60))
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(minutes=60), **_store_of_attempt())
     return Ranks(state.process_index, state.num_processes)
+
+
+def _store_of_attempt() -> dict[str, Any]:
+    """Where processes meet that torchrun has started again: it keeps its store, with the addresses of those that ended.
+
+    Under keys of its own an attempt finds none of them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return {}  # which makes its own
+    from torch.distributed import PrefixStore, TCPStore
+
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*where, world_size=number(), is_master=False, timeout=timedelta(minutes=60))
+    return {
+        "store": PrefixStore(f"veneer/attempt_{attempt}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": number(),
+    }
 
 
 def on_cpu() -> bool:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -239,25 +240,37 @@ def note_attempt(output: Path) -> None:
         write_file(output / ATTEMPT_FILE, json.dumps({"run_id": run_id}).encode())
 
 
-def started_again(settings: RunConfig) -> RunConfig:
-    """The settings of a run whose processes torchrun starts again (`--max-restarts`) after one has failed.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a run starts: from a checkpoint, over what is in the output, or (neither) in an empty folder."""
+
+    resume: bool
+    overwrite: bool
+
+    def applied_to(self, settings: RunConfig) -> RunConfig:
+        """The settings of a run that starts so."""
+        training = settings.training.model_copy(update={"resume": self.resume})
+        return settings.model_copy(update={"training": training, "overwrite": self.overwrite})
+
+
+def started_again(settings: RunConfig) -> Start:
+    """How a run starts, also where torchrun starts its processes again (`--max-restarts`) after one has failed.
 
     If the attempt before wrote to the output, this one goes on from its newest checkpoint, or begins anew if there is
     none. An output of any other run is as untouchable as ever.
     """
     output = Path(settings.output).expanduser()
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    run_id, asked = os.environ.get("TORCHELASTIC_RUN_ID"), Start(settings.training.resume, settings.overwrite)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or run_id is None:
-        return settings
+        return asked
     try:
         ours = json.loads((output / ATTEMPT_FILE).read_text(encoding="utf-8"))["run_id"] == run_id
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        return settings
+        return asked
     there = bool(complete_checkpoints(output / CHECKPOINTS))
-    training = settings.training.model_copy(update={"resume": there})
-    return settings.model_copy(update={"training": training, "overwrite": not there})
+    return Start(resume=there, overwrite=not there)
 
 
 def what_is_kept(settings: RunConfig) -> str:

@@ -88,7 +88,7 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
     require("train")
     ranks = join()
     progress = progress if progress and ranks.is_first else Progress()
-    settings = ranks.first_does(lambda: started_again(settings))
+    settings = ranks.first_does(lambda: started_again(settings)).applied_to(settings)
     output = Path(settings.output).expanduser()
     ranks.agree(lambda: refuse_unusable(settings.quantization))
     checkpoint = ranks.first_does(lambda: _check_output(output, settings))
