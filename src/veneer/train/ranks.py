@@ -125,12 +125,14 @@ def _store_of_attempt() -> dict[str, Any]:
         return {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return {}  # which makes its own
-    from torch.distributed import PrefixStore, TCPStore
+    import torch.distributed
+
+    dist: Any = torch.distributed  # which exports stores by other names than it documents
 
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(*where, world_size=number(), is_master=False, timeout=timedelta(minutes=60))
+    store = dist.TCPStore(*where, world_size=number(), is_master=False, timeout=timedelta(minutes=60))
     return {
-        "store": PrefixStore(f"veneer/attempt_{attempt}", store),
+        "store": dist.PrefixStore(f"veneer/attempt_{attempt}", store),
         "rank": int(os.environ["RANK"]),
         "world_size": number(),
     }
