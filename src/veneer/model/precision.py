@@ -10,9 +10,9 @@ from veneer.errors import AttachError, ConfigError, VeneerWarning
 from veneer.layers.weights import is_quantised, store_of
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import check_model, overlay_of
+from veneer.model.report import PACKED
 
 _HALF = (torch.float16, torch.bfloat16)
-PACKED = ("Params4bit",)  # 4-bit weights, whose container may have a half-precision dtype
 # methods that need the dtypes their model was loaded with
 _KEEPS_HALF = ("gptq", "aqlm", "awq", "eetq", "hqq", "torchao", "quanto")
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from veneer.model.precision import PACKED
+PACKED = ("Params4bit",)  # 4-bit weights, whose container may have a half-precision dtype
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

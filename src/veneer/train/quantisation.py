@@ -23,7 +23,7 @@ class Way:
     """One way of keeping the weights.
 
     says      for people: "4 bits (nf4, double quantisation) by bitsandbytes"
-    package   that does it; also the name of the extra that installs it
+    package   that does it, of the extra `quant`
     make      (the dtype to compute in, that to pack bytes in) -> transformers' quantization config
     shards    whether FSDP can cut such weights up
     """
@@ -106,7 +106,7 @@ def refuse_unusable(quantization: Quantization | None) -> None:
     if not find_spec(way.package):
         raise MissingPackageError(
             f"quantization={quantization} needs {way.package}, not installed here. "
-            f"Install with: pip install 'veneer[{way.package}]'"
+            "Install with: pip install 'veneer[quant]'"
         )
     how = shards_model()
     if how == "ZeRO-3" or (how and not way.shards):
