@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.layers.weights import keep_order
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,8 +38,7 @@ def prepare_shards(model: nn.Module) -> None:
         if weight is not None and _is_4bit(weight):
             layer: Any = module
             layer.quant_state = layer.weight.quant_state
-            if "support_avx512bf16_for_cpu" in vars(module):
-                layer.support_avx512bf16_for_cpu = False
+            keep_order(module)
 
 
 def _is_4bit(parameter: Any) -> bool:

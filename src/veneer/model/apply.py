@@ -18,6 +18,7 @@ from veneer.layers.replication import replicated, replication_of
 from veneer.layers.sharded import reshard
 from veneer.layers.stand_in import StandIns
 from veneer.layers.walk import finder, modules_outside
+from veneer.layers.weights import keep_order
 from veneer.model.checkpointing import protect_checkpointing, unprotect_checkpointing
 from veneer.model.invocation import follow_invocations
 from veneer.model.make import Made, first_rows, new_adapter, saved_adapter, tied_adapter
@@ -119,8 +120,7 @@ def _carry_out(
     except BaseException:
         _take_off(model, name, todo.resolution)
         raise
-    if first:
-        _freeze_base(model)
+    _ready_base(model, overlay, trains=not todo.config.inference_mode)
     if todo.resolution.biases:
         overlay.biases[name] = StandIns(model, todo.resolution.biases)
     bases = {f"{one.site.path}.{one.site.parameter}": one.base for one in made if one.base is not None}
@@ -138,6 +138,15 @@ def _carry_out(
         wait_for_data(model, name)
     protect_checkpointing(model)
     activate(model, (name,)) if first else _let_wait(model, overlay, name)
+
+
+def _ready_base(model: nn.Module, overlay: Overlay, *, trains: bool) -> None:
+    """Freeze it before the first adapter, and let it pass gradients on before the first that trains."""
+    if not overlay.configs:
+        _freeze_base(model)
+    if trains and not any(overlay.trainable.values()):
+        for _, module in modules_outside(model):
+            keep_order(module)
 
 
 def _freeze_base(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import AttachError, ConfigError, VeneerWarning
-from veneer.layers.weights import is_quantised, store_of
+from veneer.layers.weights import is_quantised, keep_order, store_of
 from veneer.model.methods import AdapterMethods
 from veneer.model.overlay import check_model, overlay_of
 from veneer.model.report import PACKED
@@ -38,7 +38,8 @@ def prepare_model_for_kbit_training(
         raise AttachError("The model has adapters already, which would be frozen: prepare it before attaching them.")
     method = _quantisation(model)
     model.requires_grad_(False)
-    _leave_as_quantised(model)
+    for module in model.modules():
+        keep_order(module)
     if method not in _KEEPS_HALF:
         for parameter in model.parameters():
             if parameter.dtype in _HALF and _is_plain(parameter):
@@ -88,16 +89,6 @@ def _quantisation(model: Any) -> str | None:
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
         return "bitsandbytes"
     return next((store_of(module).name for module in model.modules() if is_quantised(module)), None)
-
-
-def _leave_as_quantised(model: nn.Module) -> None:
-    """Let bitsandbytes not reorder 4-bit weights for a fast CPU on their first call in evaluation.
-
-    What it computes from them then has no gradient, so training after an evaluation would go on with wrong ones.
-    """
-    for module in model.modules():
-        if "support_avx512bf16_for_cpu" in vars(module):
-            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def _switch_on_checkpointing(model: Any, options: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from veneer.errors import MergeError
 from veneer.layers.kinds import PACKED, Layer, kind_of
 from veneer.layers.weights import offloaded
-from veneer.layers.weights.bitsandbytes import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT
+from veneer.layers.weights.bitsandbytes import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, keep_order
 from veneer.layers.weights.dense import DENSE
 from veneer.layers.weights.hqq import HQQ
 from veneer.layers.weights.offloaded import OFFLOADED, Elsewhere, is_offloaded
@@ -165,6 +165,7 @@ __all__ = [
     "home",
     "is_offloaded",
     "is_quantised",
+    "keep_order",
     "kept",
     "put_back",
     "quantised",

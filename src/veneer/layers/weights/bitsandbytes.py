@@ -74,6 +74,21 @@ def _value_4bit(weight: Any) -> Tensor:
     return dequantize_4bit(weight.data, state)
 
 
+def keep_order(module: nn.Module) -> None:
+    """Let bitsandbytes not reorder a 4-bit weight for a fast CPU on its first call in evaluation.
+
+    What it computes from such a weight has no gradient: training after an evaluation would go on with wrong ones. One
+    that was reordered is put back.
+    """
+    weight = module._parameters.get("weight")
+    if type(weight).__name__ != "Params4bit":
+        return
+    if vars(getattr(weight, "quant_state", None) or object).get("packing_format_for_cpu"):
+        module.state_dict()  # puts it back, for a file
+    if "support_avx512bf16_for_cpu" in vars(module):
+        vars(module)["support_avx512bf16_for_cpu"] = False
+
+
 def _unpacked(packed: Tensor, state: Any) -> Tensor:
     """The weight where its first call in evaluation has reordered it for a CPU: 32 rows of two columns at a time."""
     rows, columns = state.shape
