@@ -3,18 +3,17 @@
 Only the adapters and what is trained beside them are gathered, never the base. All processes must call these together.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from veneer.layers.sharded import reshard
 from veneer.model.files import read_checked
 from veneer.model.overlay import DEFAULT
-from veneer.model.tensors import adapter_tensors
+from veneer.model.tensors import copy_tensors
 
 _WRAPPER = "_checkpoint_wrapped_module."  # what activation checkpointing puts into names
 _OURS = ".adapters."
@@ -36,13 +35,6 @@ def whole(tensor: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True)
 
 
-def reshard(model: nn.Module) -> None:
-    """Let FSDP2 put every parameter back into shards, which what an evaluation gathered last are not."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Whole values of what is trained, by name."""
     reshard(model)
@@ -60,16 +52,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
 
 def put_into_shards(model: nn.Module, folder: Path) -> None:
     """Give a sharded model's adapter the values in a folder; AdapterFileError if they do not fit."""
-    reshard(model)
-    values: Mapping[str, Tensor] = read_checked(model, DEFAULT, folder)
-    with torch.no_grad():
-        for key, own in adapter_tensors(model, DEFAULT).items():
-            if key not in values:
-                continue
-            value = values[key].to(own.device, own.dtype)
-            if isinstance(own, DTensor):
-                value = distribute_tensor(value, own.device_mesh, own.placements)
-            own.copy_(value)
+    copy_tensors(model, DEFAULT, read_checked(model, DEFAULT, folder))
 
 
 def _named(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
