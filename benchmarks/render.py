@@ -28,8 +28,8 @@ HEAD = """# Benchmarks
 What Veneer costs beside PEFT, and beside the least that it could cost. The contenders of a table ran in turn in one
 process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
-of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. Of this record,
-end to end, attaching and mixed batches were measured while tests ran beside them, the rest alone.
+of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. Of this
+record, end to end, attaching and mixed batches were measured while tests ran beside them, the rest alone.
 """
 
 # For figures with a missed aim: what stands between them, and what was tried.
@@ -37,7 +37,8 @@ TRIED = {
     "step": """
 Dropout: its places are drawn twice, once a pass, and x is copied once a pass
 without them. torch draws on one thread however many there are: on one thread the ratio of the first table is 1.18.
-A mask would cost a draw and a byte for every element. Of few tokens a step is short beside all that. DoRA: a pass over the output in each direction for
+A mask would cost a draw and a byte for every element. Of few tokens a step is short beside all that.
+DoRA: a pass over the output in each direction for
 the gain, and the norms of W + sBA, as much work as the forward of one more token for each rank; expanding the square
 costs the same and cancels. DoRA with dropout multiplies W twice by its formula; the sparse products with the dropped
 elements, which take the second one's place on a CPU, cost some 6 % of the limit forward and 9 % backward, and turning W
