@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from veneer.functional.dropout import dropped, dropped_places, new_seed
+from veneer.functional import dropout
+from veneer.functional.dropout import blocks, dropped, dropped_places, new_seed, window
 
 
 @pytest.mark.parametrize("p", [0.02, 0.05, 0.3, 0.5])
@@ -13,7 +14,7 @@ def test_each_element_is_dropped_with_probability_p_and_independently(p):
     count, draws = 400, 4000
     hits = torch.zeros(draws, count)
     for seed in range(draws):
-        hits[seed, dropped_places(count, p, seed)] = 1
+        hits[seed, dropped_places(20, count // 20, p, seed)] = 1
     error = math.sqrt(p * (1 - p) / draws)
     assert (hits.mean(0) - p).abs().max() < 5 * error  # each element, the first and the last too
     assert abs(hits.mean() - p) < 4 * error / math.sqrt(count)
@@ -24,8 +25,8 @@ def test_each_element_is_dropped_with_probability_p_and_independently(p):
 
 
 def test_a_seed_gives_the_same_places_again():
-    assert torch.equal(dropped_places(1000, 0.1, 7), dropped_places(1000, 0.1, 7))
-    assert not torch.equal(dropped_places(1000, 0.1, 7), dropped_places(1000, 0.1, 8))
+    assert torch.equal(dropped_places(10, 100, 0.1, 7), dropped_places(10, 100, 0.1, 7))
+    assert not torch.equal(dropped_places(10, 100, 0.1, 7), dropped_places(10, 100, 0.1, 8))
 
 
 def test_seeds_come_from_the_default_generator():
@@ -36,11 +37,36 @@ def test_seeds_come_from_the_default_generator():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 10**6])
-def test_places_are_indices(count):
-    places = dropped_places(count, 0.5, 0)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(0, 3), (3, 0), (1, 1), (1, 2), (1000, 1000), (3, 2**19 + 1), (910, 576)]
+)
+def test_places_are_indices(rows, columns):
+    places = dropped_places(rows, columns, 0.5, 0)
     assert places.dtype == torch.int64
-    assert ((places >= 0) & (places < count)).all()
+    assert ((places >= 0) & (places < rows * columns)).all()
+    assert len(places.unique()) == pytest.approx(rows * columns / 2, rel=0.02, abs=2)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 5), (1024, 576), (2, 2**20)])
+def test_blocks_are_all_rows_in_order_and_stay_in_their_window(rows, columns):
+    found = list(blocks(rows, columns, 0.1, 3))
+    assert [row for block in found for row in range(*block.rows.indices(rows))] == list(range(rows))
+    most = window(rows, columns)
+    for block in found:
+        assert (block.rows.stop - block.rows.start) * columns <= most
+        assert ((block.places >= 0) & (block.places < most)).all()
+
+
+def test_a_matrix_of_several_blocks_is_dropped_evenly(monkeypatch):
+    monkeypatch.setattr(dropout, "_CACHED", 64)
+    count, draws, p = 10 * 30, 4000, 0.1  # blocks of 2 rows, 60 elements in a window of 64
+    hits = torch.zeros(draws, count)
+    for seed in range(draws):
+        hits[seed, dropped_places(10, 30, p, seed)] = 1
+    error = math.sqrt(p * (1 - p) / draws)
+    assert (hits.mean(0) - p).abs().max() < 5 * error
+    assert hits.sum(1).var() == pytest.approx(count * p * (1 - p), rel=0.12)
+    assert torch.corrcoef(hits.T)[~torch.eye(count, dtype=torch.bool)].abs().max() < 0.12
 
 
 def test_dropping_is_differentiable_and_leaves_the_input():

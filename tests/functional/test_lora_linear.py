@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from veneer.functional import lora_linear
+from veneer.functional import dropout, lora_linear
 from veneer.functional.dropout import dropped
 from veneer.functional.lora_linear import frozen_linear, project
 from veneer.functional.lowrank import update_linear
@@ -77,18 +77,17 @@ def test_gradcheck_twice(p, x_grad, bias, one_seed):
     assert torch.autograd.gradgradcheck(run, (x, b, *As, *Bs))
 
 
-def test_dropout_is_the_plain_formula_at_the_places_of_the_seed(one_seed):
-    x, W, b, As, Bs = case(leading=(20,))
+@pytest.mark.parametrize("at_once", [2**19, 12])  # all rows, and three of them
+@pytest.mark.parametrize(("leading", "x_grad"), [((20,), True), ((20,), False), ((4, 5), True), ((0,), True)])
+def test_dropout_is_the_plain_formula_at_the_places_of_the_seed(leading, x_grad, at_once, one_seed, monkeypatch):
+    monkeypatch.setattr(dropout, "_CACHED", at_once)
+    x, W, b, As, Bs = case(leading=leading, x_grad=x_grad)
     ys, twins = fast(x, W, b, As, Bs, 0.3), plain(x, W, b, As, Bs, 0.3, one_seed)
-    leaves = [x, b, *As, *Bs]
-    assert not torch.allclose(ys[0], plain(x, W, b, As, Bs)[0])
-    for mine, twin in zip(ys, twins, strict=True):
-        torch.testing.assert_close(mine, twin)
-    for mine, twin in zip(
-        torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys]),
-        torch.autograd.grad(twins, leaves, [torch.ones_like(y) for y in ys]),
-        strict=True,
-    ):
+    leaves = [t for t in (x, b, *As, *Bs) if t.requires_grad]
+    gs = [torch.randn_like(y) for y in ys]
+    assert not len(x) or not torch.allclose(ys[0], plain(x, W, b, As, Bs)[0])
+    gradients = [torch.autograd.grad(found, leaves, gs) for found in (ys, twins)]
+    for mine, twin in zip([*ys, *gradients[0]], [*twins, *gradients[1]], strict=True):
         torch.testing.assert_close(mine, twin)
 
 

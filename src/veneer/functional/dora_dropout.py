@@ -72,7 +72,11 @@ def dora_dropped_plainly(
 ) -> Tensor:
     """The plain twin of `dora_dropped`: the formula with a mask."""
     count, inputs = x.numel(), x.shape[-1]
-    places = draw(count // inputs, inputs, p, seed).places if sparse else dropped_places(count, p, seed, x.device)
+    places = (
+        draw(count // inputs, inputs, p, seed).places
+        if sparse
+        else dropped_places(count // inputs, inputs, p, seed, x.device)
+    )
     d = x * torch.ones_like(x).flatten().index_fill(0, places.long(), 0).view(x.shape) / (1 - p)
     update = update_linear(d, A_RI.to(x.dtype), B_OR.to(x.dtype), scale)
     return (F.linear(x, W_OI, bias_O) + (g_O - 1) * F.linear(d, W_OI) + g_O * update).to(x.dtype)
@@ -82,7 +86,7 @@ class _Places:
     """Dropped elements of x, and the products with W that differ there: made for all elements, and taken."""
 
     def __init__(self, x_TI: Tensor, p: float, seed: int) -> None:
-        self.places = dropped_places(x_TI.numel(), p, seed, x_TI.device)
+        self.places = dropped_places(x_TI.shape[0], x_TI.shape[1], p, seed, x_TI.device)
 
     def base(self, kept_TI: Tensor, x_TI: Tensor, z_TO: Tensor, W_OI: Tensor) -> Tensor:
         """W (x where it is kept), of shape (T, O); z is W x."""

@@ -1,12 +1,31 @@
 """Dropout that is kept as a seed: which elements are dropped is drawn again where a backward pass needs it.
 
-A mask costs a draw and a byte for every element; these places cost what p of them cost.
+A mask costs a draw and a byte for every element; these places cost what p of them cost. They come for some rows of a
+(T, I) matrix at a time, so that nothing of x's size is made, and what is computed of these rows stays in the cache.
 """
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_CACHED = 2**19  # elements at a time on a CPU: fewer make more calls, more do not stay in a core's cache
+_BUFFERED = 2**24  # the same on other devices, where it bounds the memory alone
+_BITS = 63  # random bits that torch draws at once
+
+
+class Block(NamedTuple):
+    """The dropped elements of some rows of a matrix.
+
+    rows    which rows
+    places  indices into the flattened rows; some come more than once, in any order, and some lie past the last
+            element, below `window(rows, columns, device)`
+    """
+
+    rows: slice
+    places: Tensor
 
 
 def new_seed() -> int:
@@ -14,23 +33,56 @@ def new_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
-def dropped_places(count: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Indices below `count` such that each is among them with probability p, independently of all others.
+def window(rows: int, columns: int, device: torch.device | str = "cpu") -> int:
+    """Elements, a power of two, of a buffer that holds what any block of such a matrix has, and its places."""
+    return 1 << _bits(min(rows, _rows_at_once(columns, device)) * columns)
 
-    Some come more than once, and in any order. Points are strewn evenly over the indices, as many as a Poisson variable
-    says whose mean is -log(1 - p) for each index: so the points of each index are Poisson variables too, independent,
-    and none at all with probability 1 - p (Kingman, Poisson Processes, 1993, section 5.1).
+
+def blocks(rows: int, columns: int, p: float, seed: int, device: torch.device | str = "cpu") -> Iterator[Block]:
+    """All rows of a matrix, some at a time; each element is dropped with probability p, independently of all others.
+
+    Points are strewn evenly over 2^k indices, as many as a Poisson variable says whose mean is -log(1 - p) for each
+    index: so the points of each index are Poisson variables too, independent, and none at all with probability 1 - p
+    (Kingman, Poisson Processes, 1993, section 5.1). An index is k random bits.
     """
+    if not rows * columns:
+        return
+    step = _rows_at_once(columns, device)
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    bits = [_bits((part.stop - part.start) * columns) for part in parts]
     generator = torch.Generator().manual_seed(seed)
-    mean = torch.tensor(-math.log1p(-p) * count, dtype=torch.float64)
-    points = int(torch.poisson(mean, generator=generator).item())
+    means = torch.tensor([-math.log1p(-p) * 2**k for k in bits], dtype=torch.float64)
+    points = torch.poisson(means, generator=generator).long().tolist()
     if torch.device(device).type != "cpu":
         generator = torch.Generator(device).manual_seed(seed)
-    where = torch.rand(points, dtype=torch.float64, device=device, generator=generator)
-    return where.mul_(count).long().clamp_(max=count - 1)  # the product may round up to `count`
+    for part, k, count in zip(parts, bits, points, strict=True):
+        fields = _BITS // k if k else 1
+        drawn = torch.empty(-(-count // fields), dtype=torch.int64, device=device).random_(generator=generator)
+        shifts = torch.arange(0, fields * k, k or 1, device=device)[:fields].unsqueeze(1)
+        yield Block(part, (drawn >> shifts).bitwise_and_(2**k - 1).view(-1)[:count])
+
+
+def dropped_places(rows: int, columns: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Indices of all dropped elements of a matrix, into the flattened matrix: some more than once, in any order."""
+    found = [torch.empty(0, dtype=torch.int64, device=device)]
+    for part, places in blocks(rows, columns, p, seed, device):
+        there = places[places < (part.stop - part.start) * columns]
+        found.append(there + part.start * columns)
+    return torch.cat(found)
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """x with zeros at the dropped places, not scaled up by 1 / (1 - p): that is cheaper on what is made of it."""
-    places = dropped_places(x.numel(), p, seed, x.device)
+    columns = x.shape[-1]
+    places = dropped_places(x.numel() // max(1, columns), columns, p, seed, x.device)
     return x.flatten().index_fill(0, places, 0).view(x.shape)
+
+
+def _rows_at_once(columns: int, device: torch.device | str) -> int:
+    most = _CACHED if torch.device(device).type == "cpu" else _BUFFERED
+    return max(1, most // max(1, columns))
+
+
+def _bits(elements: int) -> int:
+    """So many bits count at least so many elements."""
+    return max(0, elements - 1).bit_length()

@@ -8,7 +8,7 @@ The plain twin is `F.linear(x, W, bias) + update_linear(x, A, B, scale)`. What i
 - `frozen_linear` adds the update into the layer's own output, and keeps W, h and B: nothing of the output's size.
 - `project` gives x on to the frozen layer, so in the backward pass it receives the frozen layer's gradient of x, and
   adds the update's into it. It keeps x once for all its A's.
-- Dropout is a seed (see dropout.py), and its places are put back after the sum instead of making one without them.
+- Dropout is a seed (see dropout.py), and x and its gradient go through it some rows at a time.
 - `frozen_layer` is `frozen_linear` for a layer that computes x Wᵀ + bias in a way of its own, from few bits say: it
   reads W when a gradient needs it and keeps none.
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from veneer.functional.dropout import dropped, dropped_places, new_seed
+from veneer.functional.dropout import blocks, dropped, new_seed, window
 
 
 def project(x: Tensor, As: Sequence[Tensor], p: float = 0.0) -> tuple[Tensor, list[Tensor]]:
@@ -69,10 +69,26 @@ def _on_top(y: Tensor, h: Tensor, B_OR: Tensor, scale: float) -> Tensor:
 
 
 def _projected(x: Tensor, As: Sequence[Tensor], p: float, seed: int) -> list[Tensor]:
-    h = F.linear(dropped(x, p, seed) if p else x, _stacked(As))
-    if p:
-        h = h.mul_(1 / (1 - p))
+    A = _stacked(As)
+    h = _dropped_product(_rows(x), A, p, seed).view(*x.shape[:-1], len(A)) if p else F.linear(x, A)
     return [h] if len(As) == 1 else list(h.split([len(A) for A in As], dim=-1))
+
+
+def _dropped_product(x_TI: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
+    """drop(x) Aᵀ, scaled up, of shape (T, R)."""
+    tokens, inputs = x_TI.shape
+    h_TR, buffer = x_TI.new_empty(tokens, len(A)), x_TI.new_empty(window(tokens, inputs, x_TI.device))
+    for rows, places in blocks(tokens, inputs, p, seed, x_TI.device):
+        kept = _without(x_TI[rows], places, buffer)
+        torch.mm(kept, A.T, out=h_TR[rows])
+    return h_TR.mul_(1 / (1 - p))
+
+
+def _without(x_TI: Tensor, places: Tensor, buffer: Tensor) -> Tensor:
+    """These rows of x in the buffer, with zeros at these places."""
+    kept = buffer[: x_TI.numel()].view(x_TI.shape).copy_(x_TI)
+    buffer.index_fill_(0, places, 0)
+    return kept
 
 
 def _stacked(As: Sequence[Tensor]) -> Tensor:
@@ -114,16 +130,17 @@ class _Project(Function):
         g_h = torch.cat(list(given.values()), dim=1) if len(there) > 1 else given[there[0]]
         if p:
             g_h = g_h / (1 - p)
+        for_x, for_A, A = ctx.needs_input_grad[0], any(wanted[i] for i in there), _stacked([As[i] for i in there])
+        if p and not torch.is_grad_enabled():
+            g_x, g_A = _dropped_gradients(g_x, g_h, x, A, p, ctx.seed, for_x=for_x, for_A=for_A)
+        else:
+            g_A = g_h.T @ _rows(dropped(x, p, ctx.seed) if p else x) if for_A else None
+            g_x = _joined(g_x, g_h, A, x.shape, p, ctx.seed) if for_x else None
         gradients: list[Tensor | None] = [None] * len(As)
-        if any(wanted[i] for i in there):
-            x_T = _rows(dropped(x, p, ctx.seed) if p else x)
-            parts = (g_h.T @ x_T).split([len(As[i]) for i in there])
-            for i, part in zip(there, parts, strict=True):
+        if g_A is not None:
+            for i, part in zip(there, g_A.split([len(As[i]) for i in there]), strict=True):
                 gradients[i] = part if wanted[i] else None
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, *gradients
-        A = _stacked([As[i] for i in there])
-        return _joined(g_x, g_h, A, x.shape, p, ctx.seed), None, None, *gradients
+        return g_x, None, None, *gradients
 
 
 def _joined(g_x: Tensor | None, g_h: Tensor, A: Tensor, shape: torch.Size, p: float, seed: int) -> Tensor:
@@ -134,15 +151,28 @@ def _joined(g_x: Tensor | None, g_h: Tensor, A: Tensor, shape: torch.Size, p: fl
         return own if g_x is None else g_x + own
     # nobody else holds g_x: it is what frozen layers that read our x, and nothing else does, have made
     g_x = g_x.contiguous()
-    if not p:
-        g_x.view(-1, shape[-1]).addmm_(g_h, A)
-        return g_x
-    flat = g_x.view(-1)
-    places = dropped_places(flat.numel(), p, seed, flat.device)
-    before = flat.gather(0, places)
     g_x.view(-1, shape[-1]).addmm_(g_h, A)
-    flat.scatter_(0, places, before)
     return g_x
+
+
+def _dropped_gradients(
+    g_x: Tensor | None, g_h: Tensor, x: Tensor, A: Tensor, p: float, seed: int, *, for_x: bool, for_A: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x, as `_joined` gives it, and of the A's, both of whose places are drawn once."""
+    x_TI, own_TI = _rows(x), None
+    (tokens, inputs), wide = x_TI.shape, torch.promote_types(A.dtype, torch.float32)
+    g_A = torch.zeros_like(A, dtype=wide) if for_A else None  # wide: it is the sum of the blocks'
+    if for_x:
+        own_TI = torch.zeros_like(x_TI) if g_x is None else g_x.contiguous().view(tokens, inputs)  # as above
+    buffer = x_TI.new_empty(window(tokens, inputs, x.device))
+    for rows, places in blocks(tokens, inputs, p, seed, x.device):
+        if g_A is not None:
+            g_A += g_h[rows].T @ _without(x_TI[rows], places, buffer)
+        if own_TI is not None:
+            own = torch.mm(g_h[rows], A, out=buffer[: x_TI[rows].numel()].view(-1, inputs))
+            buffer.index_fill_(0, places, 0)
+            own_TI[rows].add_(own)
+    return None if own_TI is None else own_TI.view(x.shape), None if g_A is None else g_A.to(A.dtype)
 
 
 class _FrozenLinear(Function):
