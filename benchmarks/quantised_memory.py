@@ -124,16 +124,7 @@ def loaded(run: Run, *, quick: bool) -> Any:
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = run.shape
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**run.shape.llama_config)
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
         return load_model(folder, dtype=dtype, quantization=quantization)

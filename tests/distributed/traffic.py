@@ -45,15 +45,7 @@ class Sent(TorchDispatchMode):
 def main(profile: Profile) -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=TINY.vocabulary,
-        hidden_size=TINY.width,
-        intermediate_size=TINY.mlp,
-        num_hidden_layers=TINY.layers,
-        num_attention_heads=TINY.heads,
-        num_key_value_heads=TINY.kv_heads,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(**TINY.llama_config, pad_token_id=0)
     model: Any = veneer.get_peft_model(
         LlamaForCausalLM(config), veneer.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     )

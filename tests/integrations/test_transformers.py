@@ -80,7 +80,7 @@ def test_with_its_last_adapter_a_model_gets_its_class_back(model):
 @pytest.mark.parametrize("enable", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_checkpointing_is_protected_however_it_is_switched_on(model, enable):
-    from veneer.layers.route import RoutedCheckpoint
+    from veneer.layers.routed_checkpoint import RoutedCheckpoint
 
     getattr(model, enable)()
     functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]

@@ -12,7 +12,8 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.attach import attach
 from veneer.layers.kinds import LINEAR
 from veneer.layers.lineup import alike
-from veneer.layers.route import Route, parts_of
+from veneer.layers.part import parts_of
+from veneer.layers.route import Route
 from veneer.layers.row_groups import Groups
 
 

@@ -18,7 +18,8 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on, detach
 from veneer.layers.by_weight import ByWeight, merged_weight
 from veneer.layers.kinds import Stack, parameter_kind
-from veneer.layers.route import Part, Route, Step
+from veneer.layers.part import Part
+from veneer.layers.route import Route, Step
 
 
 def an_adapter(weight: torch.Tensor, *, transposed: bool = False, rank: int = 2, seed: int = 1, dora: bool = False):

@@ -17,7 +17,7 @@ import veneer
 from parity.oracle import quietly
 from tiny import shake
 from veneer.errors import AttachError, ConfigError, MergeError, TargetError
-from veneer.layers.route import parts_of
+from veneer.layers.part import parts_of
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 WAYS = {

@@ -14,7 +14,8 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.attach import attach, detach
 from veneer.layers.kinds import LINEAR
 from veneer.layers.lineup import Keeping, teams_of
-from veneer.layers.route import Part, Route, parts_of
+from veneer.layers.part import Part, parts_of
+from veneer.layers.route import Route
 
 
 def adapter(rank: int = 3, *, size: int = 6, **options) -> Adapter:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from veneer.layers.route import parts_of
+from veneer.layers.part import parts_of
 from veneer.layers.row_groups import Groups, best_size, groups_for
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import tiny
 import veneer
 from parity import oracle
 from veneer.errors import AdapterFileError, AttachError, MergeError, TargetError, VeneerWarning
-from veneer.layers.route import Part, parts_of
+from veneer.layers.part import Part, parts_of
 from veneer.model.overlay import overlay_needed
 from veneer.model.tensors import adapter_tensors
 from veneer.targets import preview

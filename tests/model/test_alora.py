@@ -14,7 +14,8 @@ import tiny
 import veneer
 from veneer.errors import ArgumentError, AttachError, ConfigError, MergeError, VeneerWarning
 from veneer.integrations import transformers as in_place
-from veneer.layers.route import Prompt, parts_of
+from veneer.layers.part import parts_of
+from veneer.layers.route import Prompt
 from veneer.model.invocation import NEVER, _positions, last_occurrence
 
 INVOCATION = [7, 9]

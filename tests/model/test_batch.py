@@ -15,7 +15,7 @@ import veneer
 from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError
 from veneer.integrations import transformers as in_place
 from veneer.layers import lineup
-from veneer.layers.route import parts_of
+from veneer.layers.part import parts_of
 from veneer.model.overlay import overlay_needed
 
 BASE = "__base__"

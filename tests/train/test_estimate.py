@@ -36,14 +36,7 @@ def test_adapters_are_as_many_as_veneer_lays_over_a_model_of_the_shape() -> None
 
     from veneer import LoraConfig, get_peft_model
 
-    config = LlamaConfig(
-        vocab_size=LLAMA_8B.vocabulary,
-        hidden_size=LLAMA_8B.width,
-        intermediate_size=LLAMA_8B.mlp,
-        num_hidden_layers=LLAMA_8B.layers,
-        num_attention_heads=LLAMA_8B.heads,
-        num_key_value_heads=LLAMA_8B.kv_heads,
-    )
+    config = LlamaConfig(**LLAMA_8B.llama_config)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == LLAMA_8B.parameters

@@ -16,7 +16,8 @@ from veneer.layers.by_rows import serve_rows, serves_rows
 from veneer.layers.fast_path import takes_fast_path
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import merged_values
-from veneer.layers.route import Part, Route
+from veneer.layers.part import Part
+from veneer.layers.route import Route
 
 CHILD = "adapters"
 

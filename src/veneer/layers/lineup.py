@@ -18,7 +18,8 @@ from torch import Tensor
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.kinds.kind import last_dimension, linear_base_update, linear_update
-from veneer.layers.route import Part, Step
+from veneer.layers.part import Part
+from veneer.layers.route import Step
 from veneer.layers.row_groups import Groups, groups_for
 from veneer.layers.stacked import Stack, stacked
 

@@ -10,7 +10,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from veneer.layers.route import Part
+from veneer.layers.part import Part
 
 
 @dataclass(frozen=True, eq=False)

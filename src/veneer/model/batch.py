@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.errors import AdapterNameError, ArgumentError, AttachError, MergeError, bullet_list, shortened
-from veneer.layers.route import BASE, parts_of
+from veneer.layers.part import parts_of
+from veneer.layers.route import BASE
 from veneer.layers.swap import front_of
 from veneer.model.invocation import Offsets, arguments, prompted
 from veneer.model.overlay import Overlay, overlay_needed, overlay_of

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.layers.route import RoutedCheckpoint
+from veneer.layers.routed_checkpoint import RoutedCheckpoint
 from veneer.layers.walk import modules_outside
 from veneer.model.overlay import overlay_of
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from veneer.config import LoraConfig, TaskType
 from veneer.errors import ArgumentError, AttachError, VeneerWarning
 from veneer.layers.attach import CHILD
-from veneer.layers.route import Part, Prompt, Step
+from veneer.layers.part import Part
+from veneer.layers.route import Prompt, Step
 from veneer.model.overlay import Overlay, overlay_of
 from veneer.model.row_order import layers_without_rows
 from veneer.targets import Resolution

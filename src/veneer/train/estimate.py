@@ -13,7 +13,7 @@ Bytes, all of one device.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from veneer.functional.cross_entropy import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 
@@ -38,6 +38,19 @@ class Shape:
     kv_heads: int
     vocabulary: int
     tied: bool = False
+
+    @property
+    def llama_config(self) -> dict[str, Any]:
+        """What transformers' `LlamaConfig` takes to make it."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "tie_word_embeddings": self.tied,
+        }
 
     @property
     def head_width(self) -> int:

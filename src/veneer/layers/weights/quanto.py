@@ -1,12 +1,10 @@
 """Weights that optimum-quanto keeps in few bits, once its layers are frozen."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from veneer.layers.kinds import Layer
-from veneer.layers.weights.store import Store
+from veneer.layers.weights.store import Store, read, value, write
 
 
 def _is_quanto(cls: type, name: str) -> bool:
@@ -17,16 +15,6 @@ def _holds(layer: Layer, parameter: str) -> bool:
     weight = layer._parameters.get(parameter)
     kept_so = _is_quanto(type(weight), "QTensor") and _is_quanto(type(layer), "QModuleMixin")
     return kept_so and parameter == "weight" and not weight.is_meta
-
-
-def _read(layer: Layer, parameter: str) -> Tensor:
-    return _value(layer._parameters[parameter])
-
-
-def _value(weight: Any) -> Tensor:
-    """The weight in the dtype that it had before."""
-    with torch.no_grad():
-        return weight.dequantize()
 
 
 def _quantise(layer: Layer, parameter: str, W: Tensor) -> nn.Parameter:
@@ -40,8 +28,4 @@ def _quantise(layer: Layer, parameter: str, W: Tensor) -> nn.Parameter:
         layer._parameters[parameter] = kept
 
 
-def _write(layer: Layer, parameter: str, weight: Tensor) -> None:
-    layer._parameters[parameter] = weight
-
-
-QUANTO = Store("quanto", _holds, _read, _write, _quantise, _value, is_quantised=True)
+QUANTO = Store("quanto", _holds, read, write, _quantise, value, is_quantised=True)

@@ -1,8 +1,10 @@
-"""The shape of a table entry: how one way of storing a weight is read and written."""
+"""The shape of a table entry: how one way of storing a weight is read and written; and what several entries share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer.layers.kinds import Layer
@@ -32,3 +34,19 @@ class Store:
     quantise: Callable[[Layer, str, Tensor], nn.Parameter] | None = None
     value: Callable[[Tensor], Tensor] | None = None
     is_quantised: bool = False
+
+
+def value(weight: Any) -> Tensor:
+    """What a weight that is a tensor class of its library's stands for, in the dtype that it had before."""
+    with torch.no_grad():
+        return weight.dequantize()
+
+
+def read(layer: Layer, parameter: str) -> Tensor:
+    """The same of a layer's weight."""
+    return value(layer._parameters[parameter])
+
+
+def write(layer: Layer, parameter: str, weight: Tensor) -> None:
+    """Put a parameter that carries all it takes to read it in the place of another."""
+    layer._parameters[parameter] = weight

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.layers.kinds import Layer
-from veneer.layers.weights.store import Store
+from veneer.layers.weights.store import Store, read, value, write
 
 _INPUTS = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
 _ROUNDS_INPUTS = ("act_quant_kwargs", "activation_quantization")  # what the classes call that
@@ -94,16 +94,6 @@ def _holds_to_read(layer: Layer, parameter: str) -> bool:
     return _is_torchao(weight) and not weight.is_meta and any("dequantize" in vars(c) for c in own)
 
 
-def _read(layer: Layer, parameter: str) -> Tensor:
-    return _value(layer._parameters[parameter])
-
-
-def _value(weight: Any) -> Tensor:
-    """The weight in the dtype that it had before."""
-    with torch.no_grad():
-        return weight.dequantize()
-
-
 def _quantise(layer: Layer, parameter: str, W: Tensor) -> nn.Parameter:
     weight = layer._parameters[parameter]
     with torch.no_grad():
@@ -111,14 +101,10 @@ def _quantise(layer: Layer, parameter: str, W: Tensor) -> nn.Parameter:
     return nn.Parameter(rounded, requires_grad=False)
 
 
-def _write(layer: Layer, parameter: str, weight: Tensor) -> None:
-    layer._parameters[parameter] = weight
-
-
 def rounds_inputs(weight: object) -> bool:
     """Whether a layer rounds its inputs too, by operations of torchao through which no gradient passes."""
     return _is_torchao(weight) and any(getattr(weight, name, None) is not None for name in _ROUNDS_INPUTS)
 
 
-TORCHAO = Store("torchao", _holds, _read, _write, _quantise, _value, is_quantised=True)
-TORCHAO_TO_READ = Store("torchao", _holds_to_read, _read, None, None, _value, is_quantised=True)
+TORCHAO = Store("torchao", _holds, read, write, _quantise, value, is_quantised=True)
+TORCHAO_TO_READ = Store("torchao", _holds_to_read, read, None, None, value, is_quantised=True)
