@@ -17,6 +17,7 @@ from veneer.functional.transforms import is_plain, is_transformed
 from veneer.layers import shared_input
 from veneer.layers.kinds import Kind, Layer
 from veneer.layers.kinds.kind import linear_update
+from veneer.layers.sharded import is_partitioned
 from veneer.layers.weights import is_quantised, reader
 
 if TYPE_CHECKING:
@@ -90,11 +91,12 @@ def as_computed(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
 
 def _joins_in(layer: Layer, adapter: "Adapter") -> bool:
     """Whether a layer's product may be made in the forward of another, which it cannot where something (FSDP) made
-    the layer a class of its own: it would gather and reduce its parameters by itself."""
+    the layer a class of its own: it would gather and reduce its parameters by itself. So does ZeRO 3."""
     return (
         _is_front(layer)
         and why_plain(layer, adapter) is None
         and type(adapter.lora_A) is nn.Parameter
+        and not is_partitioned(adapter.lora_A)
         and adapter.start_A is None
         and not (adapter.training and adapter.dropout)
         and layer._veneer_merged is None

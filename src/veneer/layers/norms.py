@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veneer.functional import dora
 from veneer.functional.transforms import is_plain, is_transformed
 from veneer.layers.kinds import Layer
+from veneer.layers.sharded import is_partitioned
 
 if TYPE_CHECKING:
     from veneer.layers.adapter import Adapter
@@ -92,6 +93,7 @@ def _may_keep(adapter: "Adapter", layer: Layer, W: Tensor) -> bool:
         and W is layer._parameters.get("weight")
         and type(W) is nn.Parameter
         and W.device.type == "cpu"
+        and not is_partitioned(W)
         and all(is_plain(t) and t.device == W.device and not t.is_inference() for t in (W, *_factors(adapter)))
     )
 

@@ -17,6 +17,7 @@ from veneer.layers.kinds import Layer
 from veneer.layers.offered import offered
 from veneer.layers.peft_names import RouteNames
 from veneer.layers.route import Route, Step
+from veneer.layers.sharded import gathered
 from veneer.layers.twin import bare_twin
 from veneer.layers.weights.offloaded import let_go, offloading_hook, real_values, settle
 
@@ -95,7 +96,8 @@ def is_saved(module: nn.Module) -> bool:
 
 def original_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's own parameters and persistent buffers by name, without the copies."""
-    return {name: value for name, value in module.state_dict().items() if not name.startswith(f"{CHILD}.")}
+    state = module.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if not name.startswith(f"{CHILD}.")}
 
 
 def keep_copy(module: Layer, name: str, route: Route, *, weight: nn.Parameter | None = None) -> None:
@@ -122,7 +124,8 @@ def _plain_copy(module: Layer, shared: dict[int, Any]) -> Layer:
     spared = {**_offloaded_parts(module), **shared}
     if is_saved(module):
         spared |= {id(module.modules_to_save): Copies(), id(module._veneer_route): Route()}
-    copy = deepcopy(module, spared)
+    with gathered(module):
+        copy = deepcopy(module, spared)
     if is_saved(module):
         swap.take_away(copy)
         del copy.modules_to_save

@@ -1,10 +1,14 @@
-"""Tensors that are spread over several devices (torch's DTensor), as `fully_shard` makes parameters.
+"""Tensors that are spread over several devices: torch's DTensor, as `fully_shard` makes parameters, and parameters
+that DeepSpeed's ZeRO 3 partitions. Nothing else in Veneer looks at how they are kept.
 
-Each rank has some rows of one. FSDP holds the local part itself, so values are changed there and nowhere else.
+A rank has some rows of a DTensor. FSDP holds the local part itself, so values are changed there and nowhere else. Of a
+partitioned parameter a rank has a piece of its numbers in a row, and what is seen of it is empty; DeepSpeed gathers
+those of a module for as long as that runs.
 """
 
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # Not imported with torch; as long as nobody does, there is no such tensor or model.
-_HOME, _FSDP = "torch.distributed.tensor", "torch.distributed.fsdp"
+_HOME, _FSDP, _DEEPSPEED = "torch.distributed.tensor", "torch.distributed.fsdp", "deepspeed"
 
 
 def one_of_several() -> bool:
@@ -20,14 +24,39 @@ def one_of_several() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return _HOME in sys.modules and isinstance(tensor, sys.modules[_HOME].DTensor)
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether ZeRO 3 keeps a parameter in parts, gathered just now or not."""
+    return _DEEPSPEED in sys.modules and hasattr(tensor, "ds_id")
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is spread over several devices."""
-    return _HOME in sys.modules and isinstance(tensor, sys.modules[_HOME].DTensor)
+    return is_dtensor(tensor) or is_partitioned(tensor)
 
 
 def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of these tensors is spread over several devices."""
-    return one_of_several() and _HOME in sys.modules and any(map(is_sharded, tensors))
+    return one_of_several() and any(map(is_sharded, tensors))
+
+
+def is_away(tensor: Any) -> bool:
+    """Whether ZeRO 3 keeps a parameter in parts, and it is not gathered just now."""
+    return is_partitioned(tensor) and tensor.ds_status.name != "AVAILABLE"
+
+
+def shape_of(tensor: Any) -> torch.Size:
+    """The shape of the whole tensor."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
+
+
+def size_of(tensor: Any) -> int:
+    """How many numbers the whole tensor has."""
+    return tensor.ds_numel if is_partitioned(tensor) else tensor.numel()
 
 
 def reshard(model: nn.Module) -> None:
@@ -44,22 +73,33 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole(tensor: Any) -> Tensor:
-    """The whole tensor, detached: itself, or gathered, in which all ranks of its mesh must take part."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+    """The whole tensor, detached: itself, or gathered, in which all ranks that have parts of it must take part."""
+    if is_away(tensor):
+        with _zero().GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
+
+
+def gathered(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within the block the parameters of a module are whole, to be read, if it is ZeRO 3 that keeps them in parts."""
+    away = [parameter for parameter in module.parameters() if is_away(parameter)]
+    return _zero().GatheredParameters(away) if away else nullcontext()
 
 
 def local(tensor: Any) -> Tensor:
-    """What of the tensor is on this rank, to be read or changed in place: all of it, if it is not spread."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+    """What of a DTensor is on this rank, to be read or changed in place; any other tensor is all here."""
+    assert not is_partitioned(tensor)
+    return tensor.detach().to_local() if is_dtensor(tensor) else tensor
 
 
 def rows_here(tensor: Any) -> slice:
-    """Which rows (of the first dimension) of a tensor are on this rank: all of them, if it is not spread.
+    """Which rows (of the first dimension) of a tensor are on this rank: all of them, if it is no DTensor.
 
     They are spread as `torch.chunk` does, the last ranks having fewer rows or none.
     """
+    assert not is_partitioned(tensor)
     first, count = 0, tensor.shape[0] if tensor.dim() else 1
-    for dim, placement in enumerate(tensor.placements if is_sharded(tensor) else ()):
+    for dim, placement in enumerate(tensor.placements if is_dtensor(tensor) else ()):
         if placement.is_shard():
             assert placement.dim == 0
             each = -(-count // tensor.device_mesh.size(dim))
@@ -71,10 +111,32 @@ def rows_here(tensor: Any) -> slice:
 @torch.no_grad()
 def put(tensor: Any, value: Tensor) -> None:
     """Give a tensor the values of another one, which is whole and the same on all ranks."""
-    assert tensor.shape == value.shape
-    local(tensor).copy_(value[rows_here(tensor)] if is_sharded(tensor) else value)
+    assert shape_of(tensor) == value.shape
+    if is_partitioned(tensor):
+        with _zero().GatheredParameters([tensor], modifier_rank=0):
+            tensor.data.copy_(value)
+        return
+    local(tensor).copy_(value[rows_here(tensor)] if is_dtensor(tensor) else value)
 
 
 def ranks_of(tensor: Any) -> list[int]:
     """The ranks over which a tensor is spread, the first one first."""
+    if is_partitioned(tensor):
+        return dist.get_process_group_ranks(tensor.ds_process_group)
     return tensor.device_mesh.mesh.flatten().tolist()
+
+
+def reads_from(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let ZeRO 3 gather these parameters, too, when the module runs: it reads them without calling what has them."""
+    if _DEEPSPEED in sys.modules:
+        for parameter in parameters:
+            _zero().register_external_parameter(module, parameter)
+
+
+def is_run_by_deepspeed(model: nn.Module) -> bool:
+    """Whether `deepspeed.initialize` has taken over a model whose parameters it partitions."""
+    return _DEEPSPEED in sys.modules and any("ds_id" in vars(module) for module in model.modules())
+
+
+def _zero() -> Any:
+    return sys.modules[_DEEPSPEED].zero

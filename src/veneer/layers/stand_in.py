@@ -66,7 +66,7 @@ class StandIns:
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         """The adapter's values by every name: the tensors themselves, not copies."""
         return {
-            name: parameter.detach() if self.acting else self._other[first].detach()
+            name: parameter if self.acting else self._other[first]
             for first, parameter, names in self._parameters(model)
             for name in names
         }

@@ -183,7 +183,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None, losse
         stack.settle()
     remove_all(model)
     for path, value in biases.items():
-        model.get_parameter(path).data = value.clone()
+        model.get_parameter(path).data = value.detach().clone()
     model.requires_grad_(False)
     return model
 

@@ -8,7 +8,15 @@ from typing import Any
 from torch import nn
 
 from veneer.errors import AttachError, VeneerError
-from veneer.layers.sharded import any_sharded, is_sharded, one_of_several, ranks_of, reshard
+from veneer.layers.sharded import (
+    any_sharded,
+    is_dtensor,
+    is_run_by_deepspeed,
+    is_sharded,
+    one_of_several,
+    ranks_of,
+    reshard,
+)
 from veneer.model.ranks import all_ranks
 from veneer.model.wrapped import inwards
 
@@ -45,11 +53,24 @@ def check_whole(model: nn.Module, what: str, instead: str, error: type[VeneerErr
 
 
 def check_attachable(model: nn.Module) -> None:
-    """Raise AttachError if the model was spread over devices already: a new adapter would not be, nor synchronised."""
+    """Raise AttachError if the model was spread over devices already: a new adapter would not be, nor synchronised.
+
+    What ZeRO 3 has partitioned as it was made or loaded is taken over only by `deepspeed.initialize`.
+    """
     if not one_of_several():
         return
-    instead = "Attach the adapter to the plain model first, and shard it after that: veneer.shard(model)."
-    check_whole(model, "An adapter cannot be attached", instead)
+    reshard(model)
+    if any(map(is_dtensor, model.parameters())):
+        raise AttachError(
+            "An adapter cannot be attached: the model is sharded, and each process has a part of each weight. Attach "
+            "the adapter to the plain model first, and shard it after that: veneer.shard(model)."
+        )
+    if is_run_by_deepspeed(model):
+        raise AttachError(
+            "An adapter cannot be attached: deepspeed.initialize has taken over the model's parameters, and would "
+            "neither step nor partition new ones. Attach the adapter first; a base that deepspeed.zero.Init has "
+            "partitioned already will do."
+        )
     if any(isinstance(one, _DDP) for one in inwards(model)) or _is_inside_ddp(model):
         raise AttachError(
             "An adapter cannot be attached: the model is in a DistributedDataParallel, which would not average the "

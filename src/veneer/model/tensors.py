@@ -13,7 +13,7 @@ from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
-from veneer.layers.sharded import is_sharded, put, reshard, whole
+from veneer.layers.sharded import is_sharded, put, reshard, shape_of, whole
 from veneer.layers.weights.offloaded import settle
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
@@ -73,11 +73,11 @@ def expected_tensors(model: nn.Module, resolution: Resolution) -> dict[str, Expe
         expected |= {key: Expected(shapes[part]) for part, key in site_keys(site).items()}
     for path in resolution.saved:
         for name, value in original_state(model.get_submodule(path)).items():
-            expected[keys.saved(path, name)] = Expected(tuple(value.shape), value.is_floating_point())
+            expected[keys.saved(path, name)] = Expected(tuple(shape_of(value)), value.is_floating_point())
     for site in resolution.token_rows:
         expected[keys.token_rows(site.path)] = Expected((len(site.tokens), site.width))
     for name in resolution.biases:
-        expected[bias_key(resolution, name)] = Expected(tuple(model.get_parameter(name).shape))
+        expected[bias_key(resolution, name)] = Expected(tuple(shape_of(model.get_parameter(name))))
     return expected
 
 
@@ -191,7 +191,7 @@ def _places(model: nn.Module, name: str) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for site, adapter in adapters_by_site(model, name):
         for part, key in site_keys(site).items():
-            places[key] = Place(getattr(adapter, part).detach(), partial(_on_disk, site, part))
+            places[key] = Place(getattr(adapter, part), partial(_on_disk, site, part))
         if adapter.start_A is not None and adapter.start_B is not None:
             keys_of = site_keys(site)
             places[keys_of["lora_A"] + START] = Place(adapter.start_A, _as_it_is)
@@ -202,15 +202,15 @@ def _places(model: nn.Module, name: str) -> dict[str, Place]:
 def besides_factors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Those of them that are no adapter's on a layer: modules trained in full, rows of embeddings, biases.
 
-    Those of a sharded model are the shards.
+    They are the parameters themselves; those of a sharded model are the shards.
     """
     overlay, tensors = overlay_needed(model), {}
     for path, module in saved_modules(model, name):
         settle(module.modules_to_save[name])
-        for inner, value in module.modules_to_save[name].state_dict().items():
+        for inner, value in module.modules_to_save[name].state_dict(keep_vars=True).items():
             tensors[keys.saved(path, inner)] = value
     for site, rows in token_rows(model, name):
-        tensors[keys.token_rows(site.path)] = rows.trainable_tokens_delta.detach()
+        tensors[keys.token_rows(site.path)] = rows.trainable_tokens_delta
     if name in overlay.biases:
         for parameter_name, value in overlay.biases[name].values(model).items():
             tensors[bias_key(overlay.resolutions[name], parameter_name)] = value
@@ -255,7 +255,7 @@ def copy_besides_factors(model: nn.Module, name: str, tensors: Mapping[str, Tens
     """Copy those checked values into a new adapter whose layers were made with theirs."""
     with torch.no_grad():
         for key, value in besides_factors(model, name).items():
-            value.copy_(tensors[key])
+            put(value, tensors[key])
     stop_waiting(model, overlay_needed(model), name)
 
 

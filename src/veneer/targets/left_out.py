@@ -7,6 +7,7 @@ from torch import Tensor
 from veneer.config import ALL_LINEAR, LoraConfig
 from veneer.errors import VeneerWarning
 from veneer.layers.saved_module import CONTAINERS
+from veneer.layers.sharded import shape_of, size_of
 from veneer.targets.names import inside, selector
 from veneer.targets.structure import Structure
 
@@ -20,7 +21,8 @@ def stacks(structure: Structure) -> dict[str, Tensor]:
         owner, _, own = name.rpartition(".")
         weight = structure.modules[owner]._parameters[own]
         assert weight is not None
-        several = weight.dim() == 3 and min(weight.shape) > 1  # a position embedding is (1, positions, channels)
+        shape = shape_of(weight)
+        several = len(shape) == 3 and min(shape) > 1  # a position embedding is (1, positions, channels)
         if several and owner not in structure.readers and not isinstance(structure.modules[owner], CONTAINERS):
             found[name] = weight
     return found
@@ -36,7 +38,7 @@ def warn_of_stacks(structure: Structure, config: LoraConfig, saved: list[str]) -
         for name, weight in stacks(structure).items()
         if not inside(name, saved) and not drops(name) and not drops(name.rpartition(".")[0])
     }
-    share = sum(weight.numel() for weight in left_out.values()) / max(1, structure.size)
+    share = sum(map(size_of, left_out.values())) / max(1, structure.size)
     if share < _NOTICEABLE:
         return
     names = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in left_out))

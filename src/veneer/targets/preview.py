@@ -7,6 +7,7 @@ from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.layers.replication import replicated
+from veneer.layers.sharded import size_of
 from veneer.targets.left_out import stacks
 from veneer.targets.match import Resolution, resolve
 from veneer.targets.site import Site
@@ -45,10 +46,10 @@ def _preview(model: nn.Module, config: LoraConfig) -> Preview:
     added = sum(site.parameters for site in resolution.sites)
     added += sum(site.parameters for site in resolution.token_rows)
     tied = {path: source for path, source in resolution.tied.items() if path in resolution.saved}
-    copied = sum(p.numel() for path in resolution.saved for p in structure.modules[path].parameters())
-    copied -= sum(structure.modules[path].get_parameter("weight").numel() for path in tied)  # one copy serves both
-    biases = sum(model.get_parameter(name).numel() for name in resolution.biases)
-    base = sum(parameter.numel() for parameter in model.parameters())
+    copied = sum(size_of(p) for path in resolution.saved for p in structure.modules[path].parameters())
+    copied -= sum(size_of(structure.modules[path].get_parameter("weight")) for path in tied)  # one copy serves both
+    biases = sum(size_of(model.get_parameter(name)) for name in resolution.biases)
+    base = sum(map(size_of, model.parameters()))
     return Preview(
         resolution.sites, resolution, dict(linear), dict(fused), added + copied + biases, base + added + copied
     )

@@ -9,6 +9,7 @@ from veneer.layers.adapter import Adapter
 from veneer.layers.attach import Adapters
 from veneer.layers.kinds import ATTENTION, KINDS, PACKED, class_names, kind_of
 from veneer.layers.saved_module import Copies
+from veneer.layers.sharded import shape_of, size_of
 from veneer.layers.swap import base_class
 from veneer.layers.token_rows import RowsByAdapter
 from veneer.layers.walk import modules_outside
@@ -44,7 +45,7 @@ class Structure:
             inside = dict.fromkeys(p.rpartition(".")[2] for p in self.layers if p.startswith(f"{path}."))
             known = ", ".join(sorted(name.rpartition(".")[2] for name, kind in KINDS.items() if kind is not PACKED))
             hint = f"it holds {', '.join(inside)}; name those" if inside else f"{known} are"
-            own = [name for name, weight in module._parameters.items() if weight is not None and weight.dim() in (2, 3)]
+            own = [name for name, weight in module._parameters.items() if weight is not None and len(shape_of(weight)) in (2, 3)]
             if own and not inside:
                 hint = f"name its parameters in target_parameters: {', '.join(own)}"
             return f"{base_class(module).__name__} is not a kind of layer that can be adapted ({hint})"
@@ -57,7 +58,7 @@ class Structure:
         for name in self.parameters:
             path, _, own = name.rpartition(".")
             weight = self.modules[path]._parameters[own] if path else None
-            if weight is not None and weight.dim() in (2, 3) and kind_of(self.modules[path]) is None:
+            if weight is not None and len(shape_of(weight)) in (2, 3) and kind_of(self.modules[path]) is None:
                 found.append(name)
         return found
 
@@ -65,7 +66,7 @@ class Structure:
     def size(self) -> int:
         """How many numbers the parameters below the model hold; one that is in several places counts once."""
         own = (weight for module in self.modules.values() for weight in module._parameters.values())
-        return sum({id(weight): weight.numel() for weight in own if weight is not None}.values())
+        return sum({id(weight): size_of(weight) for weight in own if weight is not None}.values())
 
     def has_bias(self, path: str) -> bool:
         """Whether the module at `path` has a bias parameter of its own."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from veneer.config import LoraConfig
 from veneer.errors import VeneerWarning
+from veneer.layers.sharded import shape_of
 from veneer.layers.token_rows import why_no_rows
 from veneer.targets.findings import Findings
 from veneer.targets.names import inside, named
@@ -60,7 +61,7 @@ def token_sites(
         else:
             weight = structure.modules[owner]._parameters["weight"]
             assert weight is not None
-            sites.append(TokenSite(owner, tuple(wanted[path]), weight.shape[1], shared[1:]))
+            sites.append(TokenSite(owner, tuple(wanted[path]), shape_of(weight)[1], shared[1:]))
     return tuple(sites)
 
 
@@ -159,10 +160,11 @@ def _why_not(structure: Structure, paths: tuple[str, ...], tokens: list[int]) ->
             problems.append(f"{FIELD}: rows of {path} cannot be trained: {reason}")
     weight = structure.modules[paths[0]]._parameters.get("weight")
     if not problems and weight is not None:
-        outside = [token for token in tokens if token >= weight.shape[0]]
+        rows = shape_of(weight)[0]
+        outside = [token for token in tokens if token >= rows]
         if outside:
             problems.append(
-                f"{FIELD}: {paths[0]} has {weight.shape[0]} rows, 0 to {weight.shape[0] - 1}, so none for token "
+                f"{FIELD}: {paths[0]} has {rows} rows, 0 to {rows - 1}, so none for token "
                 f"{', '.join(map(str, outside))}; make room first with model.resize_token_embeddings"
             )
     return problems

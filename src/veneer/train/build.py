@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.train import zero
 from veneer.train.optimizer import optimizer_for
 from veneer.train.progress import Progress
-from veneer.train.ranks import number, on_cpu, shards_model
+from veneer.train.ranks import backend, number, on_cpu, shards_model
 from veneer.train.settings import RunConfig
 from veneer.train.tokens import IGNORED, Tokens
 
@@ -69,7 +70,7 @@ def build_trainer(
             "Note: the loss is taken from the logits that the model computes, as its output head is adapted or "
             "trained, or its logits are more than the head's output. That takes more memory, and somewhat longer."
         )
-    trainer.optimizer = optimizer  # None: the trainer makes its own
+    trainer.own_optimizer = optimizer  # None: the trainer makes its own
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -110,7 +111,9 @@ def arguments(settings: RunConfig, folder: Path, *, evaluates: bool) -> "SFTConf
     recomputes = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"  # FSDP does it itself
     return SFTConfig(
         output_dir=str(folder),
-        use_cpu=number() > 1 and on_cpu(),  # else accelerate sees no processes where there is no accelerator
+        # else accelerate sees no processes where there is no accelerator; with it, it would see no DeepSpeed
+        use_cpu=number() > 1 and on_cpu() and not zero.in_use(),
+        ddp_backend=backend() if zero.in_use() else None,
         num_train_epochs=run.epochs or 1,
         max_steps=run.max_steps or -1,
         per_device_train_batch_size=run.batch_size,

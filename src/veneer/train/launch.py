@@ -8,16 +8,16 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import MissingPackageError, RunError
+from veneer.errors import RunError
 from veneer.suggest import did_you_mean
 from veneer.train.ranks import number, on_cpu
+from veneer.train.zero import require_deepspeed
 
 PROFILES = Path(__file__).parent / "profiles"
-NEEDS_ACCELERATOR = ("FSDP", "DEEPSPEED")
+NEEDS_ACCELERATOR = ("FSDP",)
 
 
 def names() -> list[str]:
@@ -59,10 +59,8 @@ def count_processes(config: Any, wanted: int | None) -> int:
 
     kind = getattr(config.distributed_type, "value", str(config.distributed_type))
     devices = 0 if config.use_cpu or on_cpu() else torch.accelerator.device_count()
-    if kind == "DEEPSPEED" and not find_spec("deepspeed"):
-        raise MissingPackageError(
-            "This profile needs deepspeed, not installed here. Install with: pip install deepspeed"
-        )
+    if kind == "DEEPSPEED":
+        require_deepspeed()
     if kind in NEEDS_ACCELERATOR and not devices:
         raise RunError(f"This profile shards over GPUs, and torch finds none here ({kind}). On CPUs: --launch ddp.")
     if config.num_machines > 1:

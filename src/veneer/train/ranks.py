@@ -17,6 +17,7 @@ from platform import node
 from typing import Any, TypeVar
 
 from veneer.errors import RunError, VeneerError
+from veneer.train import zero
 
 T = TypeVar("T")
 
@@ -111,7 +112,11 @@ def join() -> Ranks:
         return Ranks()
     from accelerate import PartialState
 
-    state = PartialState(cpu=on_cpu(), timeout=timedelta(minutes=60), **_store_of_attempt())
+    if zero.in_use():  # which knows CPUs itself; accelerate has to be told what they talk by
+        how: dict[str, Any] = {"backend": backend()}
+    else:
+        how = {"cpu": on_cpu(), **_store_of_attempt()}
+    state = PartialState(timeout=timedelta(minutes=60), **how)
     return Ranks(state.process_index, state.num_processes)
 
 
@@ -123,8 +128,6 @@ def _store_of_attempt() -> dict[str, Any]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return {}  # which makes its own
     import torch.distributed
 
     dist: Any = torch.distributed  # which exports stores by other names than it documents
@@ -148,12 +151,16 @@ def on_cpu() -> bool:
     return device is None or device.type == "mps"
 
 
+def backend() -> str | None:
+    """What the processes of a run under DeepSpeed talk by; None where accelerate finds it by the devices."""
+    return "gloo" if on_cpu() else None
+
+
 def shards_model() -> str | None:
     """What cuts the base into shards in this run: "FSDP", "ZeRO-3" or None, as accelerate's environment says."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         return "FSDP"
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
-    return "ZeRO-3" if deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else None
+    return "ZeRO-3" if zero.stage() == 3 else None
 
 
 def each_loads_all(init: bool | str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import RunError
 from veneer.model.precision import prepare_model_for_kbit_training
+from veneer.train import zero
 from veneer.train.build import arguments, build_trainer
 from veneer.train.card import training_section
 from veneer.train.finish import plot, save
@@ -90,7 +91,7 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
     progress = progress if progress and ranks.is_first else Progress()
     settings = ranks.first_does(lambda: started_again(settings)).applied_to(settings)
     output = Path(settings.output).expanduser()
-    ranks.agree(lambda: refuse_unusable(settings.quantization))
+    ranks.agree(lambda: _refuse_what_cannot_be(settings))
     checkpoint = ranks.first_does(lambda: _check_output(output, settings))
     sets, record = ranks.agree(lambda: _read(settings))
     ranks.must_equal({name: part["sha256"] for name, part in record.items()}, "The data files")
@@ -101,6 +102,11 @@ def train(settings: RunConfig, *, progress: Progress | None = None) -> Result:
         args = arguments(settings, output / CHECKPOINTS, evaluates=bool(sets.eval))
         parts = ranks.agree(lambda: _prepare(settings, sets, progress))
         return _fit(*parts, settings, args, record, checkpoint, progress, ranks)
+
+
+def _refuse_what_cannot_be(settings: RunConfig) -> None:
+    zero.refuse(settings)
+    refuse_unusable(settings.quantization)
 
 
 def _read(settings: RunConfig) -> tuple[Sets, Fingerprint]:

@@ -16,6 +16,7 @@ from veneer.train.resume import write_processes
 from veneer.train.schedule import Schedule, scheduler
 from veneer.train.tokens import IGNORED
 from veneer.train.watch import Meter, not_finite
+from veneer.train.whole_state import WholeState, as_without
 
 
 class VeneerSFTTrainer(SFTTrainer):
@@ -26,6 +27,7 @@ class VeneerSFTTrainer(SFTTrainer):
     schedule, warmup   as in run.yaml: how the learning rate goes, see schedule.py
     group_by_length    rows of similar length in one step, see order.py
     fillers         how many rows at the end of the training and of the evaluation set only make batches whole
+    own_optimizer   what steps the parameters, if it is not Trainer's AdamW
     head            the output head where the loss may be taken in it, see loss.py; None: from the model's logits
     """
 
@@ -43,9 +45,20 @@ class VeneerSFTTrainer(SFTTrainer):
         self.schedule: Schedule = schedule
         self.warmup = warmup
         self.head: nn.Linear | None = None
+        self.own_optimizer: torch.optim.Optimizer | None = None
+        self._groups: list[list[nn.Parameter]] = []
         self.doing = Doing()
         self._eval_loss, self._eval_tokens = 0.0, 0
         super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Ours, if the run has one. Under DeepSpeed Trainer forgets what it was given, and asks again."""
+        if self.optimizer is None:
+            self.optimizer = self.own_optimizer
+        made: Any = super().create_optimizer(*args, **kwargs)
+        if self.is_deepspeed_enabled and not self._groups:  # before DeepSpeed lays them end to end
+            self._groups = [list(group["params"]) for group in made.param_groups]
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Ours, in which no step has a learning rate of 0."""
@@ -172,7 +185,7 @@ class VeneerSFTTrainer(SFTTrainer):
 
         The adapter's folder appears in one step. What other processes had put there before would be gone: they wait.
         """
-        state = adapter_state(self.accelerator.unwrap_model(self.model))  # type: ignore
+        state = adapter_state(self._adapted(), always=self.is_deepspeed_enabled)
         if state is None:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -180,7 +193,15 @@ class VeneerSFTTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As Trainer does, but under FSDP without the whole model, whose adapter is saved already."""
+        """As Trainer does, but under FSDP without the whole model, whose adapter is saved already, and under DeepSpeed
+        in a form that any number of processes reads.
+        """
+        if self.is_deepspeed_enabled:
+            state = self._whole_state()
+            state.gather()
+            with as_without(self, state):
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -203,6 +224,24 @@ class VeneerSFTTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As Trainer does; into a model in shards the adapter alone."""
         if self.is_fsdp_enabled:
-            put_into_shards(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))  # type: ignore
+            put_into_shards(self._adapted(), Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """As Trainer does. DeepSpeed copies the adapter to step it, so it gets a checkpoint's values before that."""
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        put_into_shards(self._adapted(), Path(resume_from_checkpoint))
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with as_without(self, self._whole_state()):
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _whole_state(self) -> WholeState:
+        wrapped: Any = self.optimizer
+        return WholeState(wrapped.optimizer, self._groups)
+
+    def _adapted(self) -> Any:
+        """The model, without what accelerate has put around it."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore

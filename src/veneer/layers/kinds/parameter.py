@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.layers.kinds.kind import Kind, Layer, Number, Shape
+from veneer.layers.sharded import shape_of
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Stack:
     @classmethod
     def of(cls, parameter: Tensor, *, transposed: bool = False) -> "Stack":
         """The stack that a parameter of two or three dimensions is; two are always (O, I)."""
-        if parameter.dim() == 2:
-            return cls(1, parameter.shape[0], parameter.shape[1])
-        matrices, rows, columns = parameter.shape
+        shape = shape_of(parameter)
+        if len(shape) == 2:
+            return cls(1, *shape)
+        matrices, rows, columns = shape
         return cls(matrices, columns, rows, True) if transposed else cls(matrices, rows, columns)
 
     def dims(self, layer: Layer) -> tuple[int, int]:

@@ -6,10 +6,12 @@ Shapes: I in, O out.
 from torch import Tensor
 
 from veneer.layers.kinds.kind import Kind, Layer, Shape
+from veneer.layers.sharded import shape_of
 
 
 def _dims(layer: Layer) -> tuple[int, int]:
-    return layer.weight.shape[1], layer.weight.shape[0]
+    inner, outer = shape_of(layer.weight)
+    return outer, inner
 
 
 def _to_matrix(W_IO: Tensor) -> Tensor:

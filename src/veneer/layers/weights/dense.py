@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.layers.kinds import Layer
+from veneer.layers.sharded import is_away, whole
 from veneer.layers.weights.store import Store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,7 +31,7 @@ def _holds(layer: Layer, parameter: str) -> bool:
 def _read(layer: Layer, parameter: str) -> Tensor:
     weight = stored_as_parameter(layer, parameter)
     assert weight is not None
-    return weight
+    return whole(weight) if is_away(weight) else weight
 
 
 def _write(layer: Layer, parameter: str, W: Tensor) -> None:
