@@ -110,12 +110,17 @@ def join() -> Ranks:
     """Meet the other processes, if there are any; accelerate chooses device and backend."""
     if number() == 1:
         return Ranks()
+    if zero.in_use():
+        zero.require_deepspeed()
     from accelerate import PartialState
 
-    if zero.in_use():  # which knows CPUs itself; accelerate has to be told what they talk by
-        how: dict[str, Any] = {"backend": backend()}
-    else:
-        how = {"cpu": on_cpu(), **_store_of_attempt()}
+    how: dict[str, Any] = {"cpu": on_cpu(), **_store_of_attempt()}
+    if zero.in_use():
+        if "store" in how:  # which DeepSpeed does not pass on; it takes the group that there is
+            import torch.distributed as dist
+
+            dist.init_process_group(backend(), timeout=timedelta(minutes=60), **_store_of_attempt())
+        how = {"backend": backend()}  # DeepSpeed knows CPUs itself; accelerate has to be told what they talk by
     state = PartialState(timeout=timedelta(minutes=60), **how)
     return Ranks(state.process_index, state.num_processes)
 

@@ -22,7 +22,7 @@ from veneer.train.card import training_section
 from veneer.train.finish import plot, save
 from veneer.train.folders import is_empty, refuse_non_empty, refuse_unwritable
 from veneer.train.gathered import adapter_state, trained
-from veneer.train.load import load_model, load_tokenizer
+from veneer.train.load import load_model, load_tokenizer, torch_dtype
 from veneer.train.packages import require
 from veneer.train.progress import Progress
 from veneer.train.quantisation import WAYS, refuse_unusable
@@ -127,15 +127,17 @@ def _prepare(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", tuple[Tokens, Tokens]]:
     """The adapted model, its tokenizer and the rows as tokens."""
     tokenizer = load_tokenizer(settings.model, revision=settings.revision)
-    model = load_model(
-        settings.model, revision=settings.revision, dtype=settings.dtype, quantization=settings.quantization
-    )
+    with zero.loading_in(torch_dtype(settings.dtype)):
+        model = load_model(
+            settings.model, revision=settings.revision, dtype=settings.dtype, quantization=settings.quantization
+        )
     data, eval_data = tokenise_sets(sets, model, tokenizer, settings)
     for note in [*data.notes(), *eval_data.notes()]:
         progress.say(f"Note: {note}")
     if getattr(model.config, "quantization_config", None) is not None:
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # training.gradient_checkpointing does
     _attach(model, settings)
+    zero.refuse_dtypes(model)
     trainable, total = _counts(model)
     if settings.quantization:
         progress.say(f"The base is kept in {WAYS[settings.quantization].says}")

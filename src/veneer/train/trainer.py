@@ -16,7 +16,7 @@ from veneer.train.resume import write_processes
 from veneer.train.schedule import Schedule, scheduler
 from veneer.train.tokens import IGNORED
 from veneer.train.watch import Meter, not_finite
-from veneer.train.whole_state import WholeState, as_without
+from veneer.train.whole_state import WholeState, as_without, by_dtype
 
 
 class VeneerSFTTrainer(SFTTrainer):
@@ -52,12 +52,17 @@ class VeneerSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Ours, if the run has one. Under DeepSpeed Trainer forgets what it was given, and asks again."""
+        """Ours, if the run has one. Under DeepSpeed Trainer forgets what it was given, and asks again.
+
+        Groups without parameters are left out, as DeepSpeed does: so checkpoints do not depend on it.
+        """
         if self.optimizer is None:
             self.optimizer = self.own_optimizer
         made: Any = super().create_optimizer(*args, **kwargs)
+        made.param_groups[:] = [group for group in made.param_groups if group["params"]]
         if self.is_deepspeed_enabled and not self._groups:  # before DeepSpeed lays them end to end
             self._groups = [list(group["params"]) for group in made.param_groups]
+            by_dtype(made)
         return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -20,7 +20,7 @@ class WholeState:
     """The state of an optimizer in pieces, as that of one that steps each parameter by itself.
 
     zero    DeepSpeed's optimizer, around the one that steps the pieces
-    groups  the parameters in the groups that they were in before
+    groups  the parameters in the groups that they were in before, of which `by_dtype` has made more
 
     All processes must call `gather`, the first of them `state_dict`, and all `load_state_dict`.
     """
@@ -49,7 +49,8 @@ class WholeState:
         sizes = [len(group["params"]) for group in state["param_groups"]]
         if sizes != [len(group) for group in self.groups]:
             raise RunError("The checkpoint's optimizer has other parameters than this run. Start anew, overwrite=true.")
-        for group, given in zip(self.zero.optimizer.param_groups, state["param_groups"], strict=True):
+        givens = (given for given, parts in zip(state["param_groups"], self._parts, strict=True) for _ in range(parts))
+        for group, given in zip(self.zero.optimizer.param_groups, givens, strict=True):
             group.update({key: value for key, value in given.items() if key != "params"})
         if not state["state"]:
             return
@@ -65,17 +66,38 @@ class WholeState:
                 _give(parameter, state["state"][place][key], key)
 
     def _param_groups(self) -> Iterator[dict[str, Any]]:
-        first = 0
-        for group, parameters in zip(self.zero.optimizer.param_groups, self.groups, strict=True):
+        first, now = 0, iter(self.zero.optimizer.param_groups)
+        for parameters, parts in zip(self.groups, self._parts, strict=True):
+            group = [next(now) for _ in range(parts)][0]
             settings = {key: value for key, value in group.items() if key != "params"}
             yield {**settings, "params": [*range(first, first + len(parameters))]}
             first += len(parameters)
+
+    @property
+    def _parts(self) -> list[int]:
+        """How many groups DeepSpeed has of each."""
+        return [len(_dtypes(group)) for group in self.groups]
 
     def _pieces(self) -> list[Tensor]:
         """What this process steps."""
         if stage() == 3:
             return self.zero.fp32_partitioned_groups_flat
         return [piece for group in self.zero.optimizer.param_groups for piece in group["params"]]
+
+
+def by_dtype(optimizer: torch.optim.Optimizer) -> None:
+    """Let each group of an optimizer have parameters of one dtype: DeepSpeed lays them end to end."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [
+        {**group, "params": [parameter for parameter in group["params"] if parameter.dtype is dtype]}
+        for group in groups
+        for dtype in _dtypes(group["params"])
+    ]
+
+
+def _dtypes(parameters: Sequence[nn.Parameter]) -> list[torch.dtype]:
+    """Their dtypes, each once."""
+    return [*dict.fromkeys(parameter.dtype for parameter in parameters)]
 
 
 def _kinds_of_state(state: Any) -> tuple[dict[str, Any], list[str]]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,48 @@ def require_deepspeed() -> None:
         raise MissingPackageError(
             "This profile needs deepspeed, not installed here. Install with: pip install 'veneer[deepspeed]'"
         )
+
+
+def refuse_dtypes(model: Any) -> None:
+    """Raise RunError if ZeRO 3 would be given parameters of several dtypes to train: it keeps them in one buffer."""
+    if stage() < 3 or _rounds():
+        return
+    by_dtype = {str(p.dtype).removeprefix("torch."): name for name, p in model.named_parameters() if p.requires_grad}
+    if len(by_dtype) > 1:
+        shown = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
+        raise RunError(
+            f"ZeRO-3 trains parameters of one dtype, and {shown}: what modules_to_save trains has the base's dtype, "
+            "adapters are float32. Say dtype=float32, or take --launch fsdp2 or deepspeed-zero2."
+        )
+
+
+def _rounds() -> bool:
+    """Whether DeepSpeed casts all that it gets to half precision."""
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    config: Any = deepspeed_config() or {}
+    return any(_section(config, name).get("enabled") is True for name in ("bf16", "fp16"))
+
+
+@contextmanager
+def loading_in(dtype: Any) -> Iterator[None]:
+    """Within the block transformers loads weights in this dtype under ZeRO 3 too, which would make them float32.
+
+    A config file of DeepSpeed that says bf16 or fp16 keeps its word; the adapters are in that then.
+    """
+    import torch
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    config: Any = deepspeed_config() if stage() == 3 else None
+    if config is None or _rounds():
+        yield
+        return
+    kept = config.get("bf16")
+    config["bf16"] = {"enabled": dtype is torch.bfloat16}
+    try:
+        yield
+    finally:
+        config["bf16"] = kept
 
 
 def _config(file: Path) -> dict[str, Any]:
