@@ -48,6 +48,7 @@ _HOMES = {
     "create_lorafa_optimizer": "veneer.optimizers",
     "create_loraplus_optimizer": "veneer.optimizers",
     "extract_lora": "veneer.model.extraction",
+    "fsdp_auto_wrap_policy": "veneer.distributed.wrap_policy",
     "get_base_model_state_dict": "veneer.model.state_dict",
     "get_eva_state_dict": "veneer.model.measure.eva",
     "get_layer_status": "veneer.model.status",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
         TaskType,
     )
     from veneer.distributed.shard import shard
+    from veneer.distributed.wrap_policy import fsdp_auto_wrap_policy
     from veneer.integrations.as_peft import install_as_peft
     from veneer.integrations.auto import (
         AutoPeftModel,
@@ -170,6 +172,7 @@ __all__ = [
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "extract_lora",
+    "fsdp_auto_wrap_policy",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",

@@ -18,7 +18,6 @@ LIBRARIES = ("transformers", "trl", "accelerate", "diffusers", "sentence_transfo
 # What these libraries import in functions that Veneer does not need or replaces, and for methods other than LoRA.
 NOT_NEEDED = {
     ("peft.utils.transformers_weight_conversion", "build_peft_weight_mapping"),  # load_adapter is Veneer's
-    ("peft.utils.other", "fsdp_auto_wrap_policy"),  # FSDP1
     ("peft.helpers", "disable_input_dtype_casting"),  # diffusers' layerwise casting passes adapters by
     ("peft", "LoKrConfig"),
     ("peft.tuners.lokr.layer", "factorization"),

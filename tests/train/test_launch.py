@@ -10,7 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from veneer.errors import MissingPackageError, RunError
-from veneer.train import launch
+from veneer.train import launch, zero
 
 
 def handed_over(profile: str, monkeypatch: pytest.MonkeyPatch) -> tuple[SimpleNamespace, dict[str, str]]:
@@ -61,7 +61,7 @@ def test_deepspeed(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert args.use_deepspeed
     assert env["ACCELERATE_USE_DEEPSPEED"] == "true"
     assert env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
-    assert env["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert env["ACCELERATE_MIXED_PRECISION"] == "no"
     assert env["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == str(stage == "3").lower()
 
 
@@ -108,8 +108,8 @@ def test_what_cannot_be_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         count("ddp", None, monkeypatch, devices=0)
     with pytest.raises(RunError, match=r"shards over GPUs, and torch finds none here \(FSDP\)"):
         count("fsdp2", 2, monkeypatch, devices=0)
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="needs deepspeed, not installed here. .*pip install deepspeed"):
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="needs deepspeed, not installed here. .*pip install 'veneer.deepspeed.'"):
         count("deepspeed-zero3", 2, monkeypatch, devices=8)
 
 

@@ -197,7 +197,7 @@ def memory(run: Run, profile: Profile | None = None, devices: int = 1) -> dict[s
     adapters = trained // devices if shards_base else trained
     gradients = adapters if profile != "deepspeed-zero2" else trained // devices
     shared = devices if profile not in (None, "ddp") else 1
-    # DeepSpeed computes with a bfloat16 copy of what is trained and keeps float32 in its optimizer
+    # DeepSpeed steps a copy of what is trained
     copies = 4 * run.adapters // shared if profile in ("deepspeed-zero2", "deepspeed-zero3") else 0
     return {
         "weights": weights,

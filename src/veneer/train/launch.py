@@ -61,6 +61,8 @@ def count_processes(config: Any, wanted: int | None) -> int:
     devices = 0 if config.use_cpu or on_cpu() else torch.accelerator.device_count()
     if kind == "DEEPSPEED":
         require_deepspeed()
+        if not devices:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it says that it finds no other
     if kind in NEEDS_ACCELERATOR and not devices:
         raise RunError(f"This profile shards over GPUs, and torch finds none here ({kind}). On CPUs: --launch ddp.")
     if config.num_machines > 1:

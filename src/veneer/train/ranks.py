@@ -111,7 +111,7 @@ def join() -> Ranks:
     if number() == 1:
         return Ranks()
     if zero.in_use():
-        zero.require_deepspeed()
+        zero.make_ready(cpu=on_cpu())
     from accelerate import PartialState
 
     how: dict[str, Any] = {"cpu": on_cpu(), **_store_of_attempt()}

@@ -37,7 +37,7 @@ class WholeState:
         numbers, lasting = _kinds_of_state(self.zero.optimizer.state)
         for place, parameter in enumerate(parameter for group in self.groups for parameter in group):
             found = {key: safe_get_full_optimizer_state(parameter, key).to("cpu", copy=True) for key in lasting}
-            by_place[place] = {**numbers, **found}
+            by_place[place] = {key: value.clone() for key, value in numbers.items()} | found
         self._gathered = {"state": by_place if lasting else {}, "param_groups": [*self._param_groups()]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,10 +101,10 @@ def _dtypes(parameters: Sequence[nn.Parameter]) -> list[torch.dtype]:
 
 
 def _kinds_of_state(state: Any) -> tuple[dict[str, Any], list[str]]:
-    """What an optimizer keeps for all alike (how many steps), and the names of what it keeps for each number."""
+    """What an optimizer keeps alike for all (how many steps), and the names of what it keeps for each number."""
     kept = next(iter(state.values()), {})
     lasting = [key for key, value in kept.items() if isinstance(value, Tensor) and value.dim()]
-    return {key: torch.as_tensor(value) for key, value in kept.items() if key not in lasting}, lasting
+    return {key: torch.as_tensor(value).cpu() for key, value in kept.items() if key not in lasting}, lasting
 
 
 def _give(parameter: Any, value: Tensor, key: str) -> None:

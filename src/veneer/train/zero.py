@@ -102,6 +102,21 @@ def loading_in(dtype: Any) -> Iterator[None]:
         config["bf16"] = kept
 
 
+def make_ready(*, cpu: bool) -> None:
+    """Before the processes meet. Raises MissingPackageError without DeepSpeed.
+
+    On CPUs it would compile an operator by which processes of one machine share memory. Training there is for trying
+    things out, which should need no compiler.
+    """
+    require_deepspeed()
+    if not cpu:
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops  # type: ignore
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 def _config(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

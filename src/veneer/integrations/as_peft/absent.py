@@ -16,7 +16,6 @@ INSTEAD: Mapping[str, str] = {
     "dequantize_bnb_weight": "model.dequantize() of transformers",
     "check_adapters_to_merge": "layers of your own are registered by veneer.register_kind",
     "shift_tokens_right": "transformers has it",
-    "fsdp_auto_wrap_policy": "FSDP2 needs none: torch.distributed.fsdp.fully_shard",
     "get_peft_model_config": "model.peft_config",
     "create_arrow_model": "load the adapters and name one for each row: adapter_names=[…]",
     "build_peft_weight_mapping": "veneer.load_adapter renames by itself",

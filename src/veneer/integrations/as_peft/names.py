@@ -30,7 +30,7 @@ _ASKED_ABOUT = "PeftMixedModel PromptLearningConfig PrefixTuningConfig"
 _MAPPINGS = "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING MODEL_TYPE_TO_PEFT_MODEL_MAPPING"
 _PREFIXES = "PEFT_TYPE_TO_PREFIX_MAPPING"
 _FILES = "CONFIG_NAME WEIGHTS_NAME SAFETENSORS_WEIGHTS_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND"
-_OTHER = f"{_WRAPPERS} {_FILES} {_PREPARE} _get_submodules infer_device transpose"
+_OTHER = f"{_WRAPPERS} {_FILES} {_PREPARE} _get_submodules fsdp_auto_wrap_policy infer_device transpose"
 
 # Where a name that is no public one of Veneer lies.
 HOMES: Mapping[str, str] = {
