@@ -1,15 +1,12 @@
 """What torch's older FullyShardedDataParallel should put apart, so that what trains does not mix with what does not."""
 
 import os
-from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
 from veneer.errors import AttachError
-from veneer.layers.by_weight import ByWeight
 from veneer.layers.swap import base_class
-from veneer.layers.token_rows import RowsByAdapter
+from veneer.model.sharded import read_by_owners
 
 _SETTING = "FSDP_TRANSFORMER_CLS_TO_WRAP"  # accelerate's
 
@@ -51,17 +48,9 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> WrapPolicy:
         raise AttachError(
             f"{_SETTING} names {', '.join(missing)}, and {type(model).__name__} has no module of that class."
         )
-    return WrapPolicy(tuple(classes[name] for name in sorted(names & classes.keys())), list(_read(model)))
+    return WrapPolicy(tuple(classes[name] for name in sorted(names & classes.keys())), [inner for _, part in read_by_owners(model) for inner in part.modules()])
 
 
 def _trains_alone(module: nn.Module) -> bool:
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     return bool(own) and all(p.requires_grad for p in own) and len(list(module.parameters())) == len(own)
-
-
-def _read(model: nn.Module) -> Iterator[nn.Module]:
-    """The adapters whose owner reads their parameters."""
-    for module in model.modules():
-        child: Any = module.adapters if isinstance(module, ByWeight) else module
-        if isinstance(module, ByWeight | RowsByAdapter):
-            yield from child.modules()

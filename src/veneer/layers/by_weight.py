@@ -20,7 +20,6 @@ from veneer.layers.attach import CHILD, Adapted, Adapters
 from veneer.layers.kinds import Layer
 from veneer.layers.merging import merged_values
 from veneer.layers.route import Route
-from veneer.layers.sharded import reads_from
 from veneer.layers.weights.dense import stored_as_parameter
 
 
@@ -163,5 +162,4 @@ def attach(module: Layer, name: str, adapter: Adapter, route: Route, parameter: 
         adapters[name] = ByParameter()
     adapters[name].add_module(parameter, adapter)
     adapters[name].train(module.training)
-    reads_from(module, adapter.parameters())
     route.may_train.add(name)

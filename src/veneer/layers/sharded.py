@@ -44,6 +44,11 @@ def any_sharded(tensors: Iterable[Tensor | None]) -> bool:
     return one_of_several() and any(map(is_sharded, tensors))
 
 
+def any_partitioned(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether ZeRO 3 keeps one of these tensors in parts."""
+    return _DEEPSPEED in sys.modules and one_of_several() and any(map(is_partitioned, tensors))
+
+
 def is_away(tensor: Any) -> bool:
     """Whether ZeRO 3 keeps a parameter in parts, and it is not gathered just now."""
     return is_partitioned(tensor) and tensor.ds_status.name != "AVAILABLE"
@@ -128,9 +133,8 @@ def ranks_of(tensor: Any) -> list[int]:
 
 def reads_from(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Let ZeRO 3 gather these parameters, too, when the module runs: it reads them without calling what has them."""
-    if _DEEPSPEED in sys.modules:
-        for parameter in parameters:
-            _zero().register_external_parameter(module, parameter)
+    for parameter in parameters:
+        _zero().register_external_parameter(module, parameter)
 
 
 def is_run_by_deepspeed(model: nn.Module) -> bool:

@@ -17,7 +17,6 @@ from veneer.layers import swap
 from veneer.layers.kinds import Layer, Number
 from veneer.layers.peft_names import WeightNames
 from veneer.layers.route import Route
-from veneer.layers.sharded import reads_from
 from veneer.layers.weights import check_writable, read
 from veneer.layers.weights.offloaded import Resident
 
@@ -189,7 +188,6 @@ def keep_rows(module: Layer, name: str, rows: TokenRows, route: Route) -> None:
         assert front is not None
         swap.lay_over(module, front, CHILD, RowsByAdapter(), route)
     module.token_rows[name] = rows
-    reads_from(module, rows.parameters())
     route.may_train.add(name)
 
 

@@ -15,7 +15,7 @@ from veneer.config import LoraConfig
 from veneer.errors import AttachError, MergeError
 from veneer.layers import attach, by_weight, fused, saved_module, shared_input, token_rows
 from veneer.layers.replication import replicated, replication_of
-from veneer.layers.sharded import reshard
+from veneer.layers.sharded import any_partitioned, reshard
 from veneer.layers.stand_in import StandIns
 from veneer.layers.walk import finder, modules_outside
 from veneer.layers.weights import keep_order
@@ -33,7 +33,7 @@ from veneer.model.overlay import (
 )
 from veneer.model.plan import Plan, plan
 from veneer.model.renamed.targets import with_names_of_today
-from veneer.model.sharded import check_whole
+from veneer.model.sharded import check_whole, follow_zero3
 from veneer.model.statistics import forget_statistics, kept_statistics
 from veneer.model.tensors import copy_besides_factors
 from veneer.model.waiting import stop_waiting, wait_for_data
@@ -117,6 +117,8 @@ def _carry_out(
                 token_rows.keep_rows(find(path), name, trained, overlay.route)
         fused.follow_adapters(model)
         shared_input.introduce(find, (one.site.path for one in made))
+        if any_partitioned(model.parameters()):
+            follow_zero3(model)
     except BaseException:
         _take_off(model, name, todo.resolution)
         raise

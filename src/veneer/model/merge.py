@@ -172,7 +172,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None, losse
         for _, module in saved_modules(model, name):
             _take_over(module, module.modules_to_save[name])
     biases = {
-        path: value
+        path: value.detach()
         for name in names
         if name in overlay.biases
         for path, value in overlay.biases[name].values(model).items()
@@ -183,7 +183,7 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None, losse
         stack.settle()
     remove_all(model)
     for path, value in biases.items():
-        model.get_parameter(path).data = value.detach().clone()
+        model.get_parameter(path).data = value.clone()
     model.requires_grad_(False)
     return model
 

@@ -2,12 +2,14 @@
 
 import gc
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from veneer.errors import AttachError, VeneerError
+from veneer.layers.by_weight import ByWeight
 from veneer.layers.sharded import (
     any_sharded,
     is_dtensor,
@@ -15,8 +17,10 @@ from veneer.layers.sharded import (
     is_sharded,
     one_of_several,
     ranks_of,
+    reads_from,
     reshard,
 )
+from veneer.layers.token_rows import WithRows
 from veneer.model.ranks import all_ranks
 from veneer.model.wrapped import inwards
 
@@ -41,6 +45,21 @@ def on_all_ranks(model: nn.Module, what: str) -> AbstractContextManager[None]:
     """`all_ranks` over those that share a sharded model; nothing for any other."""
     ranks = ranks_of_model(model)
     return nullcontext() if ranks is None else all_ranks(what, ranks)
+
+
+def read_by_owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(owner, what of ours its forward reads the parameters of, instead of calling it)."""
+    for module in model.modules():
+        if isinstance(module, ByWeight):
+            yield module, module.adapters
+        if isinstance(module, WithRows):
+            yield module, module.token_rows
+
+
+def follow_zero3(model: nn.Module) -> None:
+    """Let ZeRO 3, which gathers the parameters of what is called, gather those that are read."""
+    for owner, part in read_by_owners(model):
+        reads_from(owner, part.parameters())
 
 
 def check_whole(model: nn.Module, what: str, instead: str, error: type[VeneerError] = AttachError) -> None:

@@ -70,7 +70,7 @@ def build_trainer(
             "Note: the loss is taken from the logits that the model computes, as its output head is adapted or "
             "trained, or its logits are more than the head's output. That takes more memory, and somewhat longer."
         )
-    trainer.own_optimizer = optimizer  # None: the trainer makes its own
+    trainer.own_optimizer = trainer.optimizer = optimizer  # None: the trainer makes its own
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -137,7 +137,7 @@ def _prepare(
     if getattr(model.config, "quantization_config", None) is not None:
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # training.gradient_checkpointing does
     _attach(model, settings)
-    zero.refuse_dtypes(model)
+    zero.follow(model)
     trainable, total = _counts(model)
     if settings.quantization:
         progress.say(f"The base is kept in {WAYS[settings.quantization].says}")

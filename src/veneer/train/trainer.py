@@ -46,22 +46,18 @@ class VeneerSFTTrainer(SFTTrainer):
         self.warmup = warmup
         self.head: nn.Linear | None = None
         self.own_optimizer: torch.optim.Optimizer | None = None
-        self._groups: list[list[nn.Parameter]] = []
+        self._groups: list[dict[str, Any]] = []
         self.doing = Doing()
         self._eval_loss, self._eval_tokens = 0.0, 0
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Ours, if the run has one. Under DeepSpeed Trainer forgets what it was given, and asks again.
-
-        Groups without parameters are left out, as DeepSpeed does: so checkpoints do not depend on it.
-        """
+        """Ours, if the run has one. Under DeepSpeed Trainer forgets what it was given, and asks again."""
         if self.optimizer is None:
             self.optimizer = self.own_optimizer
         made: Any = super().create_optimizer(*args, **kwargs)
-        made.param_groups[:] = [group for group in made.param_groups if group["params"]]
         if self.is_deepspeed_enabled and not self._groups:  # before DeepSpeed lays them end to end
-            self._groups = [list(group["params"]) for group in made.param_groups]
+            self._groups = [dict(group) for group in made.param_groups]
             by_dtype(made)
         return made
 
@@ -242,6 +238,13 @@ class VeneerSFTTrainer(SFTTrainer):
         with as_without(self, self._whole_state()):
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer does. DeepSpeed has other groups than the optimizer had, so each has its rate to begin with."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = self.lr_scheduler
+        if checkpoint is not None:
+            schedule.base_lrs = [group["initial_lr"] for group in schedule.optimizer.param_groups]
 
     def _whole_state(self) -> WholeState:
         wrapped: Any = self.optimizer

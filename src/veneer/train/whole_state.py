@@ -20,13 +20,14 @@ class WholeState:
     """The state of an optimizer in pieces, as that of one that steps each parameter by itself.
 
     zero    DeepSpeed's optimizer, around the one that steps the pieces
-    groups  the parameters in the groups that they were in before, of which `by_dtype` has made more
+    groups  those of that one before: empty ones are no more, and `by_dtype` has made several of one
 
     All processes must call `gather`, the first of them `state_dict`, and all `load_state_dict`.
     """
 
-    def __init__(self, zero: Any, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+    def __init__(self, zero: Any, groups: Sequence[dict[str, Any]]) -> None:
         self.zero, self.groups = zero, groups
+        self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self._gathered: dict[str, Any] = {}
 
     def gather(self) -> None:
@@ -35,7 +36,7 @@ class WholeState:
 
         by_place: dict[int, dict[str, Any]] = {}
         numbers, lasting = _kinds_of_state(self.zero.optimizer.state)
-        for place, parameter in enumerate(parameter for group in self.groups for parameter in group):
+        for place, parameter in enumerate(self.parameters):
             found = {key: safe_get_full_optimizer_state(parameter, key).to("cpu", copy=True) for key in lasting}
             by_place[place] = {key: value.clone() for key, value in numbers.items()} | found
         self._gathered = {"state": by_place if lasting else {}, "param_groups": [*self._param_groups()]}
@@ -47,7 +48,7 @@ class WholeState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give the pieces such a state. Raises RunError if it is that of other parameters."""
         sizes = [len(group["params"]) for group in state["param_groups"]]
-        if sizes != [len(group) for group in self.groups]:
+        if sizes != [len(group["params"]) for group in self.groups]:
             raise RunError("The checkpoint's optimizer has other parameters than this run. Start anew, overwrite=true.")
         givens = (given for given, parts in zip(state["param_groups"], self._parts, strict=True) for _ in range(parts))
         for group, given in zip(self.zero.optimizer.param_groups, givens, strict=True):
@@ -61,22 +62,21 @@ class WholeState:
             inner.state[piece] |= {key: torch.zeros_like(piece) for key in lasting}
         if stage() < 3:
             self.zero._lazy_init_hp_params_optimizer_state()  # says where each parameter is in the state of a piece
-        for place, parameter in enumerate(parameter for group in self.groups for parameter in group):
+        for place, parameter in enumerate(self.parameters):
             for key in lasting:
                 _give(parameter, state["state"][place][key], key)
 
     def _param_groups(self) -> Iterator[dict[str, Any]]:
         first, now = 0, iter(self.zero.optimizer.param_groups)
-        for parameters, parts in zip(self.groups, self._parts, strict=True):
-            group = [next(now) for _ in range(parts)][0]
-            settings = {key: value for key, value in group.items() if key != "params"}
-            yield {**settings, "params": [*range(first, first + len(parameters))]}
-            first += len(parameters)
+        for before, parts in zip(self.groups, self._parts, strict=True):
+            group = {"initial_lr": before["lr"], **([next(now) for _ in range(parts)] or [before])[0]}
+            yield {**group, "params": [*range(first, first + len(before["params"]))]}
+            first += len(before["params"])
 
     @property
     def _parts(self) -> list[int]:
         """How many groups DeepSpeed has of each."""
-        return [len(_dtypes(group)) for group in self.groups]
+        return [len(_dtypes(group["params"])) for group in self.groups]
 
     def _pieces(self) -> list[Tensor]:
         """What this process steps."""

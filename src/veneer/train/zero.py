@@ -60,9 +60,17 @@ def require_deepspeed() -> None:
         )
 
 
-def refuse_dtypes(model: Any) -> None:
-    """Raise RunError if ZeRO 3 would be given parameters of several dtypes to train: it keeps them in one buffer."""
-    if stage() < 3 or _rounds():
+def follow(model: Any) -> None:
+    """Make an adapted model ready for ZeRO 3.
+
+    Raises RunError if parameters of several dtypes would be trained: it keeps them in one buffer.
+    """
+    if stage() < 3:
+        return
+    from veneer.model.sharded import follow_zero3
+
+    follow_zero3(model)
+    if _rounds():
         return
     by_dtype = {str(p.dtype).removeprefix("torch."): name for name, p in model.named_parameters() if p.requires_grad}
     if len(by_dtype) > 1:
