@@ -3,10 +3,14 @@ flat parameters: the gradients are those of one process.
 """
 
 import copy
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 import veneer

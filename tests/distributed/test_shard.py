@@ -73,6 +73,11 @@ def test_the_loss_of_training_under_ddp_is_that_of_one_process():
 
 
 @pytest.mark.slow
+def test_the_older_fsdp_wraps_what_trains_apart():
+    assert finished(torchrun(2, "fsdp1.py")).splitlines()[-3:] == ["equal: plain", "equal: dora", "equal: copies"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lorafa"])
 def test_a_run_whose_rank_was_killed_goes_on_with_another_number(tmp_path, optimizer):
     program = str(HERE / "resumed.py")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,18 @@ def test_two_processes_under_accelerates_fsdp2_are_one(folder: Path) -> None:
     files = {file.name for file in (folder / "fsdp-resumed" / "checkpoints" / "checkpoint-6").iterdir()}
     assert "optimizer.bin" in files
     assert not any(name.startswith(("pytorch_model", "model")) for name in files)  # no copy of the base
+
+
+def test_two_machines_are_one(folder: Path) -> None:
+    """Two agents of torchrun, one process each, as docs/scale.md starts them on two machines."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    several = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "run1"]
+    file = run_file(folder, "machines")
+    words = [*TORCHRUN[:2], *several, "--rdzv-endpoint", f"localhost:{port}", "-m", "veneer.cli", "train", file]
+    with ThreadPoolExecutor(2) as machines:
+        done = [one.result() for one in [machines.submit(python, *words) for _ in range(2)]]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
+    assert sum(one.stdout.count("Trained 6 steps") for one in done) == 1
+    assert distance(folder / "grouped-1", folder / "machines") < 1e-5

@@ -3,19 +3,24 @@
 torchrun --nproc-per-node 2 zero_runs.py FOLDER     runs of one process lie there already
 """
 
+import json
 import os
 import sys
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
+import tiny
+import veneer
 from distributed.zero_cases import CASES, COMMON, HALVES
+from train import tiny_chat
 from train.tiny_run import settings
-from veneer.errors import RunError
+from veneer.errors import AttachError, RunError, VeneerError
 from veneer.train import run
 from veneer.train.launch import profile_file
 from veneer.train.ranks import join
@@ -59,9 +64,8 @@ def main(folder: Path) -> None:
         assert join().count == 2
         trained(f"zero{stage}-begun", **HALVES[0])
         refused(lambda: trained("bad", optimizer="lorafa"), "LoRA-FA needs the A and B of each layer")
-    refused(
-        lambda: trained("bad", dtype="bfloat16", lora={"modules_to_save": ["lm_head"]}), "trains parameters of one dtype"
-    )
+    copies = {"lora": {"modules_to_save": ["lm_head"]}}
+    refused(lambda: trained("bad", dtype="bfloat16", **copies), "trains parameters of one dtype")
     refused(lambda: trained("bad", lora={"init_lora_weights": "loftq"}), "exchanges weights of the base")
     refused(lambda: trained("bad", quantization="nf4"), "ZeRO-3 cannot cut such weights into shards")
     trained("zero2-begun", **HALVES[1])  # what ZeRO 2 began
@@ -71,13 +75,56 @@ def main(folder: Path) -> None:
     assert not (folder / "bad").exists()
 
 
-def refused(act, said: str) -> None:
-    try:
+def refused(act, said: str, error: type[Exception] = RunError) -> None:
+    with pytest.raises(error) as caught:
         act()
-    except RunError as error:
-        assert said in str(error) or "says what is wrong" in str(error), error
-    else:
-        raise AssertionError(said)
+    assert said in str(caught.value) or "says what is wrong" in str(caught.value), caught.value
+
+
+def by_hand(folder: Path) -> None:
+    """A loop of one's own: a base that ZeRO 3 has partitioned, adapted, and taken over by `deepspeed.initialize`."""
+    import deepspeed  # type: ignore
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    rank = dist.get_rank()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": json.loads((folder / "own.json").read_text())["zero_optimization"],
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # which is 1.0 unless said
+    }
+    lora = {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "modules_to_save": ["lm_head"]}
+    whole = veneer.get_peft_model(tiny_chat.model(), veneer.LoraConfig(**lora))
+    told = HfDeepSpeedConfig(config)  # transformers partitions what it loads as long as this is there
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    del told
+    spread = veneer.get_peft_model(base, veneer.LoraConfig(**lora))
+    tiny.shake(whole)
+    veneer.set_peft_model_state_dict(spread, veneer.get_peft_model_state_dict(whole))
+    assert sum(p.numel() for p in base.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert spread.get_nb_trainable_parameters() == whole.get_nb_trainable_parameters()
+
+    ids = torch.randint(3, 200, (4, 10), generator=torch.Generator().manual_seed(3))
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (whole, spread)]
+    engine, *_ = deepspeed.initialize(model=spread.train(), optimizer=optimizers[1], config=config)
+    whole.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizers[0].step()
+    mine = ids[2 * rank : 2 * rank + 2]
+    engine.backward(engine(input_ids=mine, labels=mine).loss)
+    engine.step()
+    for name, value in veneer.get_peft_model_state_dict(whole).items():
+        torch.testing.assert_close(veneer.get_peft_model_state_dict(spread)[name], value, rtol=1e-5, atol=1e-6)
+    spread.save_pretrained(folder / "by-hand")
+    dist.barrier()
+    again = veneer.PeftModel.from_pretrained(tiny_chat.model(), folder / "by-hand")
+    engine.eval()
+    with torch.no_grad():
+        expected, found = whole.eval()(input_ids=ids).logits, engine(input_ids=ids).logits
+    torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    refused(lambda: spread.add_adapter("late", veneer.LoraConfig(r=2)), "has taken over", AttachError)
+    refused(spread.merge_and_unload, "the model is sharded", VeneerError)
 
 
 if __name__ == "__main__":
@@ -86,6 +133,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)  # what DeepSpeed calls of torch
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    by_hand(Path(sys.argv[1]))
     dist.barrier()
     dist.destroy_process_group()
     wait_for_gloo()

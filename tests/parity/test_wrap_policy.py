@@ -31,7 +31,8 @@ def test_it_is_what_peft_wraps(named, monkeypatch):
     theirs = peft.get_peft_model(tiny.llama(), peft.LoraConfig(**config))
     found = without(wrapped(ours, veneer.fsdp_auto_wrap_policy(ours)), ".adapters.")
     assert found == {
-        path.replace(".lora_B", "") for path in without(wrapped(theirs, peft_policy(theirs)), ".lora_A.default")
+        path.replace(".lora_B", "")
+        for path in without(wrapped(theirs, peft_policy(theirs)), ".lora_A.default")
         if not path.endswith(".lora_B.default")
     }
     assert len(found) > 5

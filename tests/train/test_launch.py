@@ -109,7 +109,9 @@ def test_what_cannot_be_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RunError, match=r"shards over GPUs, and torch finds none here \(FSDP\)"):
         count("fsdp2", 2, monkeypatch, devices=0)
     monkeypatch.setattr(zero, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="needs deepspeed, not installed here. .*pip install 'veneer.deepspeed.'"):
+    with pytest.raises(
+        MissingPackageError, match="needs deepspeed, not installed here. .*pip install 'veneer.deepspeed.'"
+    ):
         count("deepspeed-zero3", 2, monkeypatch, devices=8)
 
 

@@ -48,7 +48,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> WrapPolicy:
         raise AttachError(
             f"{_SETTING} names {', '.join(missing)}, and {type(model).__name__} has no module of that class."
         )
-    return WrapPolicy(tuple(classes[name] for name in sorted(names & classes.keys())), [inner for _, part in read_by_owners(model) for inner in part.modules()])
+    blocks = tuple(classes[name] for name in sorted(names & classes.keys()))
+    return WrapPolicy(blocks, [inner for _, part in read_by_owners(model) for inner in part.modules()])
 
 
 def _trains_alone(module: nn.Module) -> bool:

@@ -45,7 +45,11 @@ class Structure:
             inside = dict.fromkeys(p.rpartition(".")[2] for p in self.layers if p.startswith(f"{path}."))
             known = ", ".join(sorted(name.rpartition(".")[2] for name, kind in KINDS.items() if kind is not PACKED))
             hint = f"it holds {', '.join(inside)}; name those" if inside else f"{known} are"
-            own = [name for name, weight in module._parameters.items() if weight is not None and len(shape_of(weight)) in (2, 3)]
+            own = [
+                name
+                for name, weight in module._parameters.items()
+                if weight is not None and len(shape_of(weight)) in (2, 3)
+            ]
             if own and not inside:
                 hint = f"name its parameters in target_parameters: {', '.join(own)}"
             return f"{base_class(module).__name__} is not a kind of layer that can be adapted ({hint})"

@@ -6,7 +6,6 @@ share   1 |   ____                 linear, cosine: down to almost 0 at the last 
             warmup        total    the first step already has 1 / warmup, never 0
 """
 
-from functools import partial
 from math import cos, pi
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +20,9 @@ def scheduler(optimizer: "Optimizer", schedule: Schedule, *, warmup: float, step
     """The scheduler of a run of so many steps; `warmup` as in run.yaml, a share below 1 or a number of steps."""
     from torch.optim.lr_scheduler import LambdaLR
 
-    return LambdaLR(optimizer, partial(share, schedule=schedule, warmup=warmup_steps(warmup, steps), steps=steps))
+    first = warmup_steps(warmup, steps)
+    # a function of its own: of any other callable LambdaLR would save the state, group by group, and want it again
+    return LambdaLR(optimizer, lambda step: share(step, schedule=schedule, warmup=first, steps=steps))
 
 
 def warmup_steps(warmup: float, steps: int) -> int:

@@ -32,7 +32,7 @@ class Stack:
         """The stack that a parameter of two or three dimensions is; two are always (O, I)."""
         shape = shape_of(parameter)
         if len(shape) == 2:
-            return cls(1, *shape)
+            return cls(1, shape[0], shape[1])
         matrices, rows, columns = shape
         return cls(matrices, columns, rows, True) if transposed else cls(matrices, rows, columns)
 
