@@ -19,6 +19,7 @@ FIGURES = (
     "mixed_batch",
     "scaling",
     "quantised_memory",
+    "freed_memory",
 )
 
 HEAD = """# Benchmarks

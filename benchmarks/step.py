@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.adapted import SMOLLM2_LAYERS, TINY, Work, adapted, forward_only, sharing, step
 from benchmarks.harness import Aim, Contender, Figure, Options, Table, main, measure
+from veneer.train import freed_memory
 
 ABOUT = """Forward and backward of a model with an adapter on the seven projections of every layer. The *limit* is the
 same model frozen, with a gradient for its input only: less than that no adapter can cost. The products of the adapters
@@ -54,18 +55,23 @@ def aims(names: dict[str, Contender]) -> dict[str, Aim]:
 def step_table(
     title: str, work: Work, options: Options, *, rank: int = 16, rounds: int, warmup: int = 2, **which
 ) -> Table:
-    """One table of training steps over one base."""
+    """One table of training steps over one base.
+
+    Freed memory stays with the process, for all contenders alike: how much of it the system takes back, and clears
+    again, depends on what ran before (see freed_memory.py).
+    """
     contenders = steps(work.base(), work, rank=rank, **which)
-    return measure(
-        title,
-        contenders,
-        options,
-        reference=LIMIT,
-        rounds=rounds,
-        warmup=warmup,
-        aims=aims(contenders),
-        setting={**work.setting, "rank": rank},
-    )
+    with freed_memory.kept():
+        return measure(
+            title,
+            contenders,
+            options,
+            reference=LIMIT,
+            rounds=rounds,
+            warmup=warmup,
+            aims=aims(contenders),
+            setting={**work.setting, "rank": rank},
+        )
 
 
 def bfloat16_is_fast(device: str) -> bool:

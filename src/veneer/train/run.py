@@ -10,13 +10,14 @@ OUTPUT/checkpoints/   where training.save_every asks for them
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import RunError
 from veneer.model.precision import prepare_model_for_kbit_training
-from veneer.train import zero
+from veneer.train import freed_memory, zero
 from veneer.train.build import arguments, build_trainer
 from veneer.train.card import training_section
 from veneer.train.finish import plot, save
@@ -274,7 +275,8 @@ def _run(
 
     checkpoints = Path(settings.output).expanduser() / CHECKPOINTS
     try:
-        with progress.bar("Training"):
+        on_cpu = trainer.args.device.type == "cpu"
+        with progress.bar("Training"), freed_memory.kept() if on_cpu else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         state = trainer.state

@@ -1,0 +1,66 @@
+"""What is freed stays with the process inside the block, and goes back after it."""
+
+import sys
+
+import pytest
+import torch
+
+from veneer.train import freed_memory
+
+SIZE = 2**28  # bytes
+
+
+class Recorded:
+    def __init__(self):
+        self.said = []
+
+    def mallopt(self, option, value):
+        self.said.append((option, value))
+
+    def malloc_trim(self, pad):
+        self.said.append("trim")
+
+
+@pytest.mark.skipif(freed_memory._glibc() is None, reason="another C library than glibc")
+def test_memory_that_was_freed_is_had_again_without_asking_for_it(monkeypatch):
+    import resource
+
+    for name in freed_memory._SAID_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(SIZE, dtype=torch.int8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    usual = faults()
+    with freed_memory.kept():
+        faults()
+        assert faults() < usual / 2
+    assert faults() > usual / 2
+
+
+def test_what_the_user_said_stands(monkeypatch):
+    library = Recorded()
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: library)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    with freed_memory.kept():
+        pass
+    assert library.said == []
+
+
+def test_it_ends_with_its_block_even_by_an_error(monkeypatch):
+    library = Recorded()
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: library)
+    for name in freed_memory._SAID_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ZeroDivisionError), freed_memory.kept():
+        _ = 1 / (len(library.said) - 2)  # two things were said
+    assert [option for option, _ in library.said[:4]] == [-1, -3, -1, -3]
+    assert library.said[4] == "trim"
+
+
+def test_other_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: None)
+    with freed_memory.kept():
+        assert sys.modules
