@@ -8,11 +8,15 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+with suppress(ImportError):  # before anything imports distutils, after which it refuses, and quanto needs it
+    import setuptools as _  # noqa: F401
 
 if TYPE_CHECKING:
     from storage.fake_hub import FakeHub
