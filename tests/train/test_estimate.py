@@ -1,5 +1,6 @@
 """The arithmetic of memory and traffic, against what tensors of a tiny model take and against known sizes."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,46 @@ def test_logits_are_a_chunk() -> None:
     run = Run(LLAMA_8B, rows=1, tokens=8192)
     assert logit_bytes(run) <= 1.5 * 256 * 2**20
     assert logit_bytes(Run(TINY, rows=1, tokens=4)) == 4 * 512 * 6
+
+
+@pytest.mark.parametrize(("dtype", "computes"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_logits_of_all_tokens_are_what_transformers_loss_takes(dtype: torch.dtype, computes: int) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    class Held(TorchDispatchMode):
+        """The most bytes of tensors of the logits' size that were there at once."""
+
+        def __init__(self, least: int) -> None:
+            super().__init__()
+            self.least, self.now, self.most, self.seen = least, 0, 0, set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            for one in made if isinstance(made, tuple) else [made]:
+                if isinstance(one, torch.Tensor) and one.numel() >= self.least:
+                    self.hold(one.untyped_storage())
+            return made
+
+        def hold(self, storage: torch.UntypedStorage) -> None:
+            if storage._cdata in self.seen:
+                return
+            self.seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.let_go, storage._cdata, storage.nbytes())
+
+        def let_go(self, cdata: int, count: int) -> None:
+            self.seen.discard(cdata)
+            self.now -= count
+
+    run = Run(TINY, rows=1, tokens=200, computes=computes)
+    hidden = torch.randn(1, 200, 8, dtype=dtype, requires_grad=True)
+    head = torch.randn(512, 8, dtype=dtype)
+    with Held(200 * 512) as held:
+        logits = hidden @ head.T
+        ForCausalLMLoss(logits=logits, labels=torch.randint(0, 512, (1, 200)), vocab_size=512).backward()
+    assert held.most == logit_bytes(run, all_at_once=True)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -174,11 +174,16 @@ def activation_bytes(run: Run) -> int:
     return layers * run.rows * run.tokens * of_a_token + kept_by_a_layer(run) + after + copies // layers
 
 
-def logit_bytes(run: Run) -> int:
-    """Bytes of the logits that are there at once: a chunk in float32, and in the dtype of the model beside it."""
+def logit_bytes(run: Run, *, all_at_once: bool = False) -> int:
+    """Bytes of the logits that are there at once: a chunk in float32, and in the dtype of the model beside it.
+
+    all_at_once  of every token, as transformers' own loss takes them: with their softmax and its gradients in float32
+    """
+    tokens, each = run.rows * run.tokens, 4 if run.computes == 4 else 4 + run.computes
+    if all_at_once:
+        return tokens * run.shape.vocabulary * (12 + run.computes)
     chunk = CHUNK_BYTES["cpu"] if run.on_cpu else CHUNK_BYTES_ELSEWHERE
-    rows = min(run.rows * run.tokens, max(1, chunk // (run.shape.vocabulary * 4)))
-    return rows * run.shape.vocabulary * (4 if run.computes == 4 else 4 + run.computes)
+    return min(tokens, max(1, chunk // (run.shape.vocabulary * 4))) * run.shape.vocabulary * each
 
 
 def memory(run: Run, profile: Profile | None = None, devices: int = 1) -> dict[str, int]:
@@ -205,7 +210,7 @@ def memory(run: Run, profile: Profile | None = None, devices: int = 1) -> dict[s
         "gradients": gradients,
         "optimizer": OPTIMIZER_NUMBERS * trained // shared + copies,
         "activations": activation_bytes(run),
-        "logits": logit_bytes(run),
+        "logits": logit_bytes(run, all_at_once=profile == "deepspeed-zero3"),
     }
 
 
