@@ -127,6 +127,39 @@ def by_hand(folder: Path) -> None:
     refused(spread.merge_and_unload, "the model is sharded", VeneerError)
 
 
+def loaded_after(stage: int) -> None:
+    """Values that are loaded after `deepspeed.initialize` are what the next step starts from."""
+    import deepspeed  # type: ignore
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
+    lora = veneer.LoraConfig(r=4, target_modules=["q_proj"])
+    whole, spread = (veneer.get_peft_model(tiny_chat.model(), lora) for _ in range(2))
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (whole, spread)]
+    engine, *_ = deepspeed.initialize(model=spread.train(), optimizer=optimizers[1], config=config)
+    ids, rank = torch.randint(3, 200, (4, 10), generator=torch.Generator().manual_seed(3)), dist.get_rank()
+    mine = ids[2 * rank : 2 * rank + 2]
+    for turn in range(2):
+        draw = torch.Generator().manual_seed(turn)
+        values = veneer.get_peft_model_state_dict(whole)
+        new = {key: 0.1 * torch.randn(value.shape, generator=draw) for key, value in values.items()}
+        for model in (whole, spread):
+            veneer.set_peft_model_state_dict(model, new)
+        optimizers[0].zero_grad()
+        whole.train()(input_ids=ids, labels=ids).loss.backward()
+        optimizers[0].step()
+        engine.backward(engine(input_ids=mine, labels=mine).loss)
+        engine.step()
+        found = veneer.get_peft_model_state_dict(spread)
+        for name, value in veneer.get_peft_model_state_dict(whole).items():
+            assert not torch.equal(value, new[name])
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
 if __name__ == "__main__":
     from veneer.distributed.gloo import wait_for_gloo
 
@@ -134,6 +167,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
     by_hand(Path(sys.argv[1]))
+    for stage in (1, 2, 3):
+        loaded_after(stage)
     dist.barrier()
     dist.destroy_process_group()
     wait_for_gloo()

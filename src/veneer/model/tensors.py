@@ -13,7 +13,7 @@ from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
-from veneer.layers.sharded import is_sharded, put, reshard, shape_of, whole
+from veneer.layers.sharded import is_sharded, put, put_into_master, reshard, shape_of, whole
 from veneer.layers.weights.offloaded import settle
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
@@ -272,4 +272,5 @@ def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
                 place.seen(now).copy_(tensors[key])
                 if is_sharded(place.tensor):
                     put(place.tensor, now)
+                put_into_master(place.tensor, now)
     stop_waiting(model, overlay_needed(model), name)
