@@ -15,7 +15,8 @@ from veneer.train import freed_memory
 
 ABOUT = """The training step of SmolLM2-135M with LoRA of rank 16 on all its projections, with memory as the C library
 manages it, and as `veneer train` has it on a CPU: what a step frees stays with the process for the next (glibc only).
-A page fault is a page of 4 KiB that the system had to find and clear. What is computed is the same."""
+A page fault is a page of 4 KiB that the system had to find and clear. What is computed is the same. In a loop of one's
+own: `with veneer.train.freed_memory.kept():`."""
 AS_IT_COMES, KEPT = "as it comes", "Veneer, freed memory kept"
 
 
