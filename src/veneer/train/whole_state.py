@@ -34,10 +34,11 @@ class WholeState:
         """Make the state whole, in main memory."""
         from deepspeed.utils import safe_get_full_optimizer_state  # type: ignore
 
+        read: Any = safe_get_full_optimizer_state
         by_place: dict[int, dict[str, Any]] = {}
         numbers, lasting = _kinds_of_state(self.zero.optimizer.state)
         for place, parameter in enumerate(self.parameters):
-            found = {key: safe_get_full_optimizer_state(parameter, key).to("cpu", copy=True) for key in lasting}
+            found = {key: read(parameter, key).to("cpu", copy=True) for key in lasting}
             by_place[place] = {key: value.clone() for key, value in numbers.items()} | found
         self._gathered = {"state": by_place if lasting else {}, "param_groups": [*self._param_groups()]}
 

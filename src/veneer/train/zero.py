@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,9 +121,8 @@ def make_ready(*, cpu: bool) -> None:
     if not cpu:
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed.ops  # type: ignore
-
-    deepspeed.ops.__compatible_ops__ = {}
+    ops: Any = import_module("deepspeed.ops")
+    ops.__compatible_ops__ = {}
 
 
 def _config(file: Path) -> dict[str, Any]:
