@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from distributed.zero_cases import CASES, COMMON, HALVES
 from train import tiny_chat
 from train.tiny_run import settings
 from veneer.errors import AttachError, RunError, VeneerError
+from veneer.model.hotswap import hotswap_adapter_from_state_dict
 from veneer.train import run
 from veneer.train.launch import profile_file
 from veneer.train.ranks import join
@@ -155,6 +157,9 @@ def loaded_after(stage: int) -> None:
         engine.backward(engine(input_ids=mine, labels=mine).loss)
         engine.step()
         found = veneer.get_peft_model_state_dict(spread)
+        if stage < 3:
+            swap = partial(hotswap_adapter_from_state_dict, spread, new, "default", lora)
+            refused(swap, "steps copies", AttachError)
         for name, value in veneer.get_peft_model_state_dict(whole).items():
             assert not torch.equal(value, new[name])
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)

@@ -24,6 +24,19 @@ def test_each_element_is_dropped_with_probability_p_and_independently(p):
     assert together[together.isfinite()].abs().max() < 0.15
 
 
+@pytest.mark.parametrize(("rows", "at_once"), [(1, 2**19), (3, 1)])
+def test_a_single_element_is_dropped_as_often(rows, at_once, monkeypatch):
+    monkeypatch.setattr(dropout, "_CACHED", at_once)
+    hits = sum(len(dropped_places(rows, 1, 0.3, seed).unique()) for seed in range(3000))
+    assert hits / (3000 * rows) == pytest.approx(0.3, abs=0.03)
+
+
+def test_devices_that_draw_fewer_bits_get_places_from_the_cpu(monkeypatch):
+    expected = dropped_places(7, 5, 0.3, 2)
+    monkeypatch.setattr(dropout, "_DRAW_63_BITS", ())
+    assert torch.equal(dropped_places(7, 5, 0.3, 2), expected)
+
+
 def test_a_seed_gives_the_same_places_again():
     assert torch.equal(dropped_places(10, 100, 0.1, 7), dropped_places(10, 100, 0.1, 7))
     assert not torch.equal(dropped_places(10, 100, 0.1, 7), dropped_places(10, 100, 0.1, 8))

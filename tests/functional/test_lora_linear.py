@@ -91,6 +91,14 @@ def test_dropout_is_the_plain_formula_at_the_places_of_the_seed(leading, x_grad,
         torch.testing.assert_close(mine, twin)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_an_input_without_features(p):
+    x, A = torch.zeros(3, 0, requires_grad=True), torch.zeros(2, 0, requires_grad=True)
+    _, (h,) = project(x, [A], p)
+    assert torch.equal(h, torch.zeros(3, 2))
+    assert [g.shape for g in torch.autograd.grad(h.sum(), [x, A])] == [x.shape, A.shape]
+
+
 def kept(run) -> list[Tensor]:
     """What is saved for backward, one of each storage."""
     found: dict[int, Tensor] = {}

@@ -48,6 +48,41 @@ def test_new_files_replace_old_ones_and_others_stay(folder, mode):
 
 
 @pytest.mark.parametrize("mode", faults.MODES)
+def test_what_another_process_writes_meanwhile_stays(folder, mode, monkeypatch):
+    flush = write._sync_all
+
+    def flush_while_another_writes(paths):
+        flush(paths)
+        (folder / "rng_state_1.pth").write_bytes(b"late")
+
+    monkeypatch.setattr(write, "_sync_all", flush_while_another_writes)
+    with faults.mode(mode):
+        write_folder(folder, fill_new)
+    assert (folder / "rng_state_1.pth").read_bytes() == b"late"
+    (folder / "rng_state_1.pth").unlink()
+    assert content(folder) == NEW
+    assert [entry.name for entry in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_another_process_may_make_the_folder_meanwhile(tmp_path, monkeypatch):
+    folder, flush, exists = tmp_path / "new", write._sync_all, Path.exists
+
+    def flush_while_another_writes(paths):
+        flush(paths)
+        folder.mkdir()
+        (folder / "rng_state_1.pth").write_bytes(b"late")
+        # it is made after the look for it, and before the rename
+        answers = iter([False])
+        monkeypatch.setattr(Path, "exists", lambda path: next(answers, True) if path == folder else exists(path))
+
+    monkeypatch.setattr(write, "_sync_all", flush_while_another_writes)
+    write_folder(folder, fill_new)
+    monkeypatch.undo()
+    assert (folder / "rng_state_1.pth").read_bytes() == b"late"
+    assert {name for name in NEW if name != "notes.txt"} < {entry.name for entry in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mode", faults.MODES)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_if_filling_fails_nothing_has_changed(folder, mode, error):
     def fail(stage):

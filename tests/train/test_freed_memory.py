@@ -11,11 +11,12 @@ SIZE = 2**28  # bytes
 
 
 class Recorded:
-    def __init__(self):
-        self.said = []
+    def __init__(self, most=2**40):
+        self.said, self.most = [], most
 
     def mallopt(self, option, value):
         self.said.append((option, value))
+        return not (option == -3 and value > self.most)
 
     def malloc_trim(self, pad):
         self.said.append("trim")
@@ -29,13 +30,13 @@ def test_memory_that_was_freed_is_had_again_without_asking_for_it(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def faults() -> int:
+        torch.empty(SIZE + 2**20, dtype=torch.int8).fill_(1)  # a little more, as what is around a block differs
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.empty(SIZE, dtype=torch.int8).fill_(1)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     usual = faults()
     with freed_memory.kept():
-        faults()
         assert faults() < usual / 2
     assert faults() > usual / 2
 
@@ -56,8 +57,17 @@ def test_it_ends_with_its_block_even_by_an_error(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ZeroDivisionError), freed_memory.kept():
         _ = 1 / (len(library.said) - 2)  # two things were said
-    assert [option for option, _ in library.said[:4]] == [-1, -3, -1, -3]
+    assert [option for option, _ in library.said[:4]] == [-3, -1, -1, -3]
     assert library.said[4] == "trim"
+
+
+def test_older_versions_take_a_smaller_threshold(monkeypatch):
+    library = Recorded(most=2**25)
+    monkeypatch.setattr(freed_memory, "_glibc", lambda: library)
+    for name in freed_memory._SAID_BY_USER:
+        monkeypatch.delenv(name, raising=False)
+    with freed_memory.kept():
+        assert [value for option, value in library.said if option == -3] == [2**30, 2**25]
 
 
 def test_other_libraries_are_left_alone(monkeypatch):

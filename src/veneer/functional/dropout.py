@@ -14,6 +14,7 @@ from torch import Tensor
 _CACHED = 2**19  # elements at a time on a CPU: fewer make more calls, more do not stay in a core's cache
 _BUFFERED = 2**24  # the same on other devices, where it bounds the memory alone
 _BITS = 63  # random bits that torch draws at once
+_DRAW_63_BITS = ("cpu", "cuda")  # devices on which it does: on MPS an int64 gets 32
 
 
 class Block(NamedTuple):
@@ -50,15 +51,16 @@ def blocks(rows: int, columns: int, p: float, seed: int, device: torch.device | 
     step = _rows_at_once(columns, device)
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     bits = [_bits((part.stop - part.start) * columns) for part in parts]
+    home = device if torch.device(device).type in _DRAW_63_BITS else "cpu"
     generator = torch.Generator().manual_seed(seed)
     means = torch.tensor([-math.log1p(-p) * 2**k for k in bits], dtype=torch.float64)
     points = torch.poisson(means, generator=generator).long().tolist()
-    if torch.device(device).type != "cpu":
-        generator = torch.Generator(device).manual_seed(seed)
+    if torch.device(home).type != "cpu":
+        generator = torch.Generator(home).manual_seed(seed)
     for part, k, count in zip(parts, bits, points, strict=True):
         fields = _BITS // k if k else 1
-        drawn = torch.empty(-(-count // fields), dtype=torch.int64, device=device).random_(generator=generator)
-        shifts = torch.arange(0, fields * k, k or 1, device=device)[:fields].unsqueeze(1)
+        drawn = torch.empty(-(-count // fields), dtype=torch.int64, device=home).random_(generator=generator).to(device)
+        shifts = (torch.arange(fields, device=device) * k).unsqueeze(1)
         yield Block(part, (drawn >> shifts).bitwise_and_(2**k - 1).view(-1)[:count])
 
 

@@ -16,6 +16,7 @@ Differentiable twice: where a graph of the gradients is asked for, the backward 
 Shapes: `...` leading dimensions, T their product; I in, O out, R rank.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from veneer.functional.dropout import blocks, dropped, new_seed, window
 
 def project(x: Tensor, As: Sequence[Tensor], p: float = 0.0) -> tuple[Tensor, list[Tensor]]:
     """x itself for a frozen layer to read, and drop(x) Aᵀ of shape (..., R) for each A of shape (R, I).
+
+    x and the A's are in the dtype to compute in: autocast is not asked.
 
     p  the probability that an element of x is dropped; below 1. Several A's see the same dropped x.
     """
@@ -77,7 +80,7 @@ def _projected(x: Tensor, As: Sequence[Tensor], p: float, seed: int) -> list[Ten
 def _dropped_product(x_TI: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
     """drop(x) Aᵀ, scaled up, of shape (T, R)."""
     tokens, inputs = x_TI.shape
-    h_TR, buffer = x_TI.new_empty(tokens, len(A)), x_TI.new_empty(window(tokens, inputs, x_TI.device))
+    h_TR, buffer = x_TI.new_zeros(tokens, len(A)), x_TI.new_empty(window(tokens, inputs, x_TI.device))
     for rows, places in blocks(tokens, inputs, p, seed, x_TI.device):
         kept = _without(x_TI[rows], places, buffer)
         torch.mm(kept, A.T, out=h_TR[rows])
@@ -103,7 +106,7 @@ def _with_update(x: Tensor, W_OI: Tensor, bias: Tensor | None, h: Tensor, B_OR: 
 
 def _rows(x: Tensor) -> Tensor:
     """(..., N) -> (T, N)."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class _Project(Function):

@@ -124,14 +124,16 @@ def put(tensor: Any, value: Tensor) -> None:
     local(tensor).copy_(value[rows_here(tensor)] if is_dtensor(tensor) else value)
 
 
-def put_into_master(parameter: Any, value: Tensor) -> None:
-    """Give DeepSpeed's own float32 copy of a parameter, which is what it steps, a value that the parameter got.
+def has_master(parameter: Any) -> bool:
+    """Whether DeepSpeed has a float32 copy of a parameter, which is what it steps: since `deepspeed.initialize`."""
+    of_deepspeed = _DEEPSPEED in sys.modules
+    return of_deepspeed and (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"))
 
-    `value` is whole and the same on all ranks. Does nothing before `deepspeed.initialize`, which makes those copies.
-    """
-    if _DEEPSPEED in sys.modules and (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")):
-        deepspeed: Any = sys.modules[_DEEPSPEED]
-        deepspeed.utils.safe_set_full_fp32_param(parameter, value.detach().to(torch.float32))
+
+def put_into_master(parameter: Any, value: Tensor) -> None:
+    """Give that copy a value that the parameter got, which is whole and the same on all ranks."""
+    deepspeed: Any = sys.modules[_DEEPSPEED]
+    deepspeed.utils.safe_set_full_fp32_param(parameter, value.detach().to(torch.float32))
 
 
 def ranks_of(tensor: Any) -> list[int]:

@@ -17,6 +17,7 @@ from veneer.config.init_names import FROZEN
 from veneer.errors import AttachError, ConfigError, MergeError, VeneerWarning, bullet_list, shortened
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on
+from veneer.layers.sharded import has_master
 from veneer.layers.walk import finder
 from veneer.layers.weights import read
 from veneer.model.apply import follow_route, one_at_a_time
@@ -202,6 +203,11 @@ def _swap(
     """Write checked values over adapter `name`. Raises AttachError if they do not go with what is there."""
     instead = "Values of the same settings go into it with load_adapter(folder, name)."
     check_whole(part, f"Adapter {name!r} cannot be swapped", instead)
+    if any(map(has_master, part.parameters())):
+        raise AttachError(
+            f"Adapter {name!r} cannot be swapped: DeepSpeed has taken over the model and steps copies of its own, in "
+            f"which the next step would find what was there before. {instead}"
+        )
     overlay, find = overlay_needed(part), finder(part)
     there = {_place(site): site for site in (*overlay.resolutions[name].sites, *overlay.idle.get(name, ()))}
     adapters = {place: adapter_on(find(site.path), name, site.parameter) for place, site in there.items()}

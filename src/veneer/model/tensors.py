@@ -13,7 +13,7 @@ from veneer.layers import attach, saved_module
 from veneer.layers import token_rows as row_module
 from veneer.layers.kinds.tied import TIED_HEAD
 from veneer.layers.saved_module import original_state
-from veneer.layers.sharded import is_sharded, put, put_into_master, reshard, shape_of, whole
+from veneer.layers.sharded import has_master, is_sharded, put, put_into_master, reshard, shape_of, whole
 from veneer.layers.weights.offloaded import settle
 from veneer.model.overlay import adapters_by_site, overlay_needed, saved_modules, token_rows
 from veneer.model.start import START
@@ -269,8 +269,10 @@ def copy_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> 
         for key, place in _places(model, name).items():
             if key in tensors or not key.endswith(START):
                 now = whole(place.tensor)
+                was = now.clone() if has_master(place.tensor) else None
                 place.seen(now).copy_(tensors[key])
                 if is_sharded(place.tensor):
                     put(place.tensor, now)
-                put_into_master(place.tensor, now)
+                if was is not None and not torch.equal(was, now):
+                    put_into_master(place.tensor, now)
     stop_waiting(model, overlay_needed(model), name)

@@ -48,9 +48,9 @@ def _write_new(path: Path, content: bytes) -> None:
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make or replace files of `folder` in one step. `fill(stage)` writes the new files into an empty stage.
 
-    Files of the folder that `fill` does not write stay. If `fill` raises, nothing has changed. A folder that cannot
-    be renamed (the current one, a mount point, or one whose parent is read-only) gets its new files one by one, each in
-    one step.
+    Files of the folder that `fill` does not write stay, also those that other processes write at the time. If `fill`
+    raises, nothing has changed. A folder that cannot be renamed (the current one, a mount point, or one whose parent is
+    read-only) gets its new files one by one, each in one step.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,11 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             _link_the_rest(folder, stage)
             shutil.copymode(folder, stage)
         _sync_all([*new, stage])
-        _swap(stage, folder)
+        before = _swap(stage, folder)
+        if before is not None:
+            _link_the_rest(before, folder)  # what other processes put there meanwhile
+            if before != stage:
+                shutil.rmtree(before, ignore_errors=True)
         _sync_folder(folder.parent)
 
 
@@ -142,13 +146,17 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _swap(stage: Path, folder: Path) -> None:
-    """Put the stage in the folder's place; afterwards the stage is the old folder, or gone."""
+def _swap(stage: Path, folder: Path) -> Path | None:
+    """Put the stage in the folder's place, and say where the old folder is now; None if there was none."""
     if not folder.exists():
-        stage.rename(folder)
-        return
+        try:
+            stage.rename(folder)
+            return None
+        except OSError:
+            if not folder.exists():  # else another process has made it
+                raise
     if _exchange(stage, folder):
-        return
+        return stage
     aside = stage.with_name(stage.name + _ASIDE)
     try:
         folder.rename(aside)
@@ -157,7 +165,7 @@ def _swap(stage: Path, folder: Path) -> None:
         if not folder.exists():
             aside.rename(folder)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def _exchange(one: Path, other: Path) -> bool:

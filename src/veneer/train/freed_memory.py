@@ -29,8 +29,9 @@ def kept() -> Iterator[None]:
     if library is None:
         yield
         return
+    if not library.mallopt(_MMAP_THRESHOLD, _LARGE):  # before 2.35
+        library.mallopt(_MMAP_THRESHOLD, _LARGE_AFTER)
     library.mallopt(_TRIM_THRESHOLD, _KEPT)
-    library.mallopt(_MMAP_THRESHOLD, _LARGE)
     try:
         yield
     finally:

@@ -41,6 +41,12 @@ def refuse(settings: "RunConfig") -> None:
     own = [name for name in ("optimizer", "scheduler") if file != "none" and name in _config(Path(file))]
     if own:
         raise RunError(f"{file} has a section {own[0]!r}, which run.yaml's training says already: take it out.")
+    if stage() == 0:
+        raise RunError(
+            "This profile has ZeRO stage 0, in which DeepSpeed shards nothing: take --launch ddp, or stage 2."
+        )
+    if stage() == 3 and settings.dtype == "stored":
+        raise RunError("dtype=stored: ZeRO-3 must know the dtype before it reads the weights. Say bfloat16 or float32.")
     if settings.training.optimizer == "lorafa":
         raise RunError(
             "training.optimizer=lorafa: DeepSpeed steps all parameters as one row of numbers, and LoRA-FA needs the A "
@@ -108,7 +114,10 @@ def loading_in(dtype: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        config["bf16"] = kept
+        if kept is None:
+            del config["bf16"]
+        else:
+            config["bf16"] = kept
 
 
 def make_ready(*, cpu: bool) -> None:
