@@ -15,8 +15,9 @@ from veneer.train import freed_memory
 
 ABOUT = """The training step of SmolLM2-135M with LoRA of rank 16 on all its projections, with memory as the C library
 manages it, and as `veneer train` has it on a CPU: what a step frees stays with the process for the next (glibc only).
-A page fault is a page of 4 KiB that the system had to find and clear. What is computed is the same. In a loop of one's
-own: `with veneer.train.freed_memory.kept():`."""
+A page fault is a page of 4 KiB that the system had to find and clear. What is computed is the same. With
+batches of changing length a process came to hold 15 % more memory at most (1,146 MiB instead of 997), and no more with
+time. In a loop of one's own: `with veneer.train.freed_memory.kept():`."""
 AS_IT_COMES, KEPT = "as it comes", "Veneer, freed memory kept"
 
 
