@@ -30,15 +30,19 @@ What Veneer costs beside PEFT, and beside the least that it could cost. The cont
 process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
 of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. Of this
-record, end to end, attaching and mixed batches were measured while tests ran beside them, the rest alone.
+record, the step of layers and freed memory are of the newest code. The steps of a whole model and of large layers, and
+scaling, are of the code before dropout went some rows at a time, when it took longer. End to end, attaching and mixed
+batches were measured while tests ran beside them, the rest alone.
 """
 
 # For figures with a missed aim: what stands between them, and what was tried.
 TRIED = {
     "step": """
-Dropout: its places are drawn twice, once a pass, and x is copied once a pass
-without them. torch draws on one thread however many there are: on one thread the ratio of the first table is 1.18.
-A mask would cost a draw and a byte for every element. Of few tokens a step is short beside all that.
+Dropout: its places are drawn again in the backward pass, by torch on one thread
+however many there are, and x goes through a buffer, some rows at a time, once a pass. q, k and v have places of their
+own, so their A's share no product as they do without dropout. A mask would cost a draw and a byte for every element.
+What remains of LoRA's own cost are thin products, which do less in a time than wide ones, and some seven calls from
+Python for each layer.
 DoRA: a pass over the output in each direction for
 the gain, and the norms of W + sBA, as much work as the forward of one more token for each rank; expanding the square
 costs the same and cancels. DoRA with dropout multiplies W twice by its formula; the sparse products with the dropped
