@@ -32,7 +32,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_it_is_the_sum_in_float64_rounded_once(dtype, turned, monkeypatch):
-    monkeypatch.setattr(rounded_sum, "BLOCK", 100)  # several blocks, the last one smaller
+    monkeypatch.setattr(rounded_sum, "BLOCK", 100)
+    monkeypatch.setattr(rounded_sum, "FEWEST_ROWS", 7)  # several blocks, the last one smaller
     W = torch.randn(40, 30).to(dtype).T if turned else torch.randn(30, 40).to(dtype)
     products = [(*factors(seed=1), 2.0), (*factors(seed=2, rank=3), -0.5)]
     exact = W.double()
@@ -49,6 +50,7 @@ def test_it_is_the_sum_in_float64_rounded_once(dtype, turned, monkeypatch):
 @pytest.mark.parametrize("turned", [False, True])
 def test_no_temporary_has_the_size_of_the_weight(turned, monkeypatch):
     monkeypatch.setattr(rounded_sum, "BLOCK", 2000)
+    monkeypatch.setattr(rounded_sum, "FEWEST_ROWS", 1)
     W = torch.randn(400, 300).T if turned else torch.randn(300, 400)
     A, B = factors(seed=1, inputs=400, outputs=300)
     out = torch.empty_like(W)

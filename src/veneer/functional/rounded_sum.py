@@ -10,6 +10,7 @@ from torch import Tensor
 
 BLOCK = 1 << 16  # numbers of a weight that are summed at once on a CPU, where they stay in the cache
 DEVICE_BLOCK = 1 << 24  # and elsewhere, where each step has a cost
+FEWEST_ROWS = 64  # but no fewer rows than pay for reading all of A once more
 
 
 def exact_dtype(weight: Tensor) -> torch.dtype:
@@ -27,7 +28,7 @@ def add_products(W_OI: Tensor, products: Sequence[tuple[Tensor, Tensor, float]],
         return add_products(W_OI.T, turned, out_OI.T)
     exact = exact_dtype(W_OI)
     products = [(A_RI.to(exact), B_OR.to(exact), scale) for A_RI, B_OR, scale in products]
-    rows = max(1, (BLOCK if W_OI.device.type == "cpu" else DEVICE_BLOCK) // max(1, W_OI.shape[1]))
+    rows = max(FEWEST_ROWS, (BLOCK if W_OI.device.type == "cpu" else DEVICE_BLOCK) // max(1, W_OI.shape[1]))
     sums_OI = torch.empty(min(rows, W_OI.shape[0]), W_OI.shape[1], dtype=exact, device=W_OI.device)
     for first in range(0, W_OI.shape[0], rows):
         block = slice(first, min(first + rows, W_OI.shape[0]))
