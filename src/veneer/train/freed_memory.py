@@ -13,7 +13,7 @@ from typing import Any
 # mallopt(3)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _SAID_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
-_KEPT = 2**31 - 1  # bytes at the end of the heap before any are given back: the most that can be said
+_KEPT = -1  # bytes at the end of the heap before any are given back: however many
 _LARGE = 2**30  # bytes from which on a block comes from the system by itself, and goes back
 _KEPT_AFTER, _LARGE_AFTER = 2**26, 2**25  # what glibc itself comes to, once a large block was freed
 
