@@ -44,7 +44,7 @@ def distance(one: Path, other: Path) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, eleven rows of several lengths, and the runs of one process with the same rows a step."""
+    """A model, fifteen rows of several lengths, and the runs of one process with the same rows a step."""
     from train.tiny_chat import save_to
     from veneer.train.run import train
 
