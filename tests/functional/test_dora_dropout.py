@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from veneer.functional.dora_dropout import dora_dropped, dora_dropped_plainly, sparse_pays
+from veneer.functional.dropped_elements import draw
 
 W = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SHAPES = {"x": (2, 5, 6), "bias": (4,), "A": (3, 6), "B": (4, 3), "g": (4,)}
@@ -76,7 +77,10 @@ def test_only_one_tensor_of_the_outputs_size_is_kept_and_no_mask():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fast(x, bias, A, B, g)
     own = [t for t in kept if t.data_ptr() not in {given.data_ptr() for given in (x, bias, A, B, g, W)}]
-    assert sorted(t.shape for t in own) == [(10, 3), (10, 4)]  # h and W drop(x)
+    assert sorted(t.shape for t in own if t.is_floating_point()) == [(10, 3), (10, 4)]  # h and W drop(x)
+    places = [t.nbytes for t in own if not t.is_floating_point()]
+    dropped = draw(10, 6, UPDATE["p"], UPDATE["seed"])
+    assert places == ([4 * len(dropped.columns), 4 * 11] if UPDATE["sparse"] else [])
 
 
 def test_bfloat16_is_as_near_to_float64_as_it_allows():

@@ -6,11 +6,13 @@ elements contribute to it, and for a small p these are few, so that a sparse pro
     (1 - p) W d = W x - W (x where it is dropped)
 
 In the backward pass the gradient of x is dz (1 + (g - 1) / (1 - p)) W, except at dropped elements, where it is dz W.
-Dropout is kept as a seed. Beside x and h only one tensor of the output's size is kept, W d, for the gradient of g.
+Dropout is kept as a seed, or for sparse products, where drawing costs more, as 4 bytes for each dropped element. Beside
+x and h only one tensor of the output's size is kept, W d, for the gradient of g.
 
 Shapes: I in, O out, R rank, T the product of leading dimensions, N dropped elements.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.autograd import Function
 
 from veneer.functional.dora import graph_of, scaled_dots
 from veneer.functional.dropout import dropped_places
-from veneer.functional.dropped_elements import FEWEST_ROWS, MOST, draw, product, sampled, without
+from veneer.functional.dropped_elements import FEWEST_ROWS, MOST, Dropped, draw, product, sampled, without
 from veneer.functional.lowrank import update_linear
 
 
@@ -73,19 +75,23 @@ def dora_dropped_plainly(
     """The plain twin of `dora_dropped`: the formula with a mask."""
     count, inputs = x.numel(), x.shape[-1]
     places = (
-        draw(count // inputs, inputs, p, seed).places
+        draw(count // inputs, inputs, p, seed).places(inputs)
         if sparse
         else dropped_places(count // inputs, inputs, p, seed, x.device)
     )
-    d = x * torch.ones_like(x).flatten().index_fill(0, places.long(), 0).view(x.shape) / (1 - p)
+    d = x * torch.ones_like(x).flatten().index_fill(0, places, 0).view(x.shape) / (1 - p)
     update = update_linear(d, A_RI.to(x.dtype), B_OR.to(x.dtype), scale)
     return (F.linear(x, W_OI, bias_O) + (g_O - 1) * F.linear(d, W_OI) + g_O * update).to(x.dtype)
 
 
 class _Places:
-    """Dropped elements of x, and the products with W that differ there: made for all elements, and taken."""
+    """Dropped elements of x, and the products with W that differ there: made for all elements, and taken.
 
-    def __init__(self, x_TI: Tensor, p: float, seed: int) -> None:
+    kept  tensors that spare drawing them again
+    """
+
+    def __init__(self, x_TI: Tensor, p: float, seed: int, kept: Sequence[Tensor] = ()) -> None:
+        self.kept = kept
         self.places = dropped_places(x_TI.shape[0], x_TI.shape[1], p, seed, x_TI.device)
 
     def base(self, kept_TI: Tensor, x_TI: Tensor, z_TO: Tensor, W_OI: Tensor) -> Tensor:
@@ -100,16 +106,19 @@ class _Places:
 class _SparsePlaces(_Places):
     """The same by products with the dropped elements alone."""
 
-    def __init__(self, x_TI: Tensor, p: float, seed: int) -> None:
-        self.dropped = draw(x_TI.shape[0], x_TI.shape[1], p, seed)
-        self.places = self.dropped.places.long()
+    def __init__(self, x_TI: Tensor, p: float, seed: int, kept: Sequence[Tensor] = ()) -> None:
+        self.kept = self.dropped = Dropped(*kept) if kept else draw(x_TI.shape[0], x_TI.shape[1], p, seed)
+        self.places = self.dropped.places(x_TI.shape[1])
 
     def base(self, kept_TI: Tensor, x_TI: Tensor, z_TO: Tensor, W_OI: Tensor) -> Tensor:
-        Wx_TO = product(x_TI, self.dropped, W_OI.T.contiguous())
-        return torch.sub(z_TO, Wx_TO, out=Wx_TO)
+        Wd_TO = torch.empty_like(z_TO)
+        values = x_TI.reshape(-1).index_select(0, self.places)
+        for some, Wx in product(values, self.dropped, W_OI):
+            torch.sub(z_TO[:, some], Wx, out=Wd_TO[:, some])
+        return Wd_TO
 
     def gradient(self, dz_TO: Tensor, W_OI: Tensor) -> Tensor:
-        return sampled(dz_TO, W_OI.T.contiguous(), self.dropped)
+        return sampled(dz_TO, W_OI, self.dropped)
 
 
 class _DoraDropped(Function):
@@ -137,21 +146,20 @@ class _DoraDropped(Function):
         z_TO.addmm_(h_TR, _scaled(B_OR, g_O, scale, p, x.dtype).T)
         if bias_O is not None:
             z_TO += bias_O
-        ctx.save_for_backward(x, bias_O, A_RI, B_OR, g_O, W_OI, h_TR, Wd_TO)
+        ctx.save_for_backward(x, bias_O, A_RI, B_OR, g_O, W_OI, h_TR, Wd_TO, *dropped.kept)
         ctx.scale, ctx.p, ctx.seed, ctx.sparse = scale, p, seed, sparse
         return z_TO.view(*x.shape[:-1], len(g_O)).detach()  # no view, so that it may change in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (dz,), (*inputs, W_OI, h_TR, Wd_TO) = grad_outputs, ctx.saved_tensors
+        (dz,), (x, bias_O, A_RI, B_OR, g_O, W_OI, h_TR, Wd_TO, *kept) = grad_outputs, ctx.saved_tensors
         scale, p, wanted = ctx.scale, ctx.p, ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             plain = partial(dora_dropped_plainly, W_OI=W_OI, scale=scale, p=p, seed=ctx.seed, sparse=ctx.sparse)
-            return *graph_of(plain, inputs, wanted, dz), *[None] * 5
-        x, _, A_RI, B_OR, g_O = inputs
+            return *graph_of(plain, (x, bias_O, A_RI, B_OR, g_O), wanted, dz), *[None] * 5
         for_x, for_bias, for_A, _, for_g = wanted
         dz_TO, x_TI = dz.reshape(-1, len(g_O)), x.reshape(-1, x.shape[-1])
-        dropped = (_SparsePlaces if ctx.sparse else _Places)(x_TI, p, ctx.seed)
+        dropped = (_SparsePlaces if ctx.sparse else _Places)(x_TI, p, ctx.seed, kept)
         kept_TI, dh_TR = without(x_TI, dropped.places), dz_TO @ _scaled(B_OR, g_O, scale, p, x.dtype)
         dA = dh_TR.T @ kept_TI if for_A else None
         both_TO = torch.empty_like(dz_TO) if for_x else None  # what W gets from both its products

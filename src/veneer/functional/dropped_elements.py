@@ -5,6 +5,9 @@ Shapes: T rows, I in, O out, N dropped elements.
 """
 
 import math
+import warnings
+from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,19 +16,24 @@ from torch import Tensor
 
 MOST = 0.15  # the largest p at which these products clearly beat dense ones
 FEWEST_ROWS = 256  # below, turning the weight costs more than is saved
+_TURNED = 2**18  # numbers of the weight that are turned at a time: they stay in a core's cache
+_SAMPLED = 2**20  # the same where each of them costs a call for every dropped element
 
 
 class Dropped(NamedTuple):
-    """The dropped elements of a (T, I) matrix, row by row, each as an index into the flattened matrix and as a pair.
+    """The dropped elements of a (T, I) matrix, row by row, as torch's sparse CSR tensors name them.
 
-    places, rows, columns  (N,)
-    starts                 (T,), where the elements of each row begin
+    columns  (N,)
+    starts   (T + 1,), where the elements of each row begin, and N
     """
 
-    places: Tensor
-    rows: Tensor
     columns: Tensor
     starts: Tensor
+
+    def places(self, inputs: int) -> Tensor:
+        """Each as an index into the flattened matrix."""
+        rows = torch.arange(len(self.starts) - 1).mul_(inputs)
+        return rows.repeat_interleave(self.starts.diff(), output_size=len(self.columns)).add_(self.columns)
 
 
 def draw(rows: int, inputs: int, p: float, seed: int) -> Dropped:
@@ -44,23 +52,31 @@ def draw(rows: int, inputs: int, p: float, seed: int) -> Dropped:
         last = int(runs[-1][-1])
     places = torch.cat(runs) if len(runs) > 1 else runs[0]
     places = places[: int(torch.searchsorted(places, count))]
-    if count < 2**31:
+    if short := count < 2**31:
         places = places.int()
-    row_of = places // inputs
-    starts = torch.searchsorted(places, torch.arange(rows, dtype=places.dtype) * inputs, out_int32=count < 2**31)
-    return Dropped(places, row_of, places - row_of * inputs, starts)
+    starts = torch.searchsorted(places, torch.arange(rows + 1, dtype=places.dtype) * inputs, out_int32=short)
+    return Dropped(places % inputs, starts)
 
 
-def product(x_TI: Tensor, dropped: Dropped, W_IO: Tensor) -> Tensor:
-    """(x where it is dropped, zero elsewhere) W, of shape (T, O), for a contiguous W."""
-    values = x_TI.reshape(-1).index_select(0, dropped.places)
-    return F.embedding_bag(dropped.columns, W_IO, dropped.starts, mode="sum", per_sample_weights=values)
+def product(values: Tensor, dropped: Dropped, W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x Wᵀ for an x that has these values where it is dropped, zeros elsewhere: some columns at a time, and which."""
+    for some in _slices(W_OI, _TURNED):
+        W_Io = W_OI[some].T.contiguous()
+        found = F.embedding_bag(
+            dropped.columns, W_Io, dropped.starts, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+        yield some, found
 
 
-def sampled(g_TO: Tensor, W_IO: Tensor, dropped: Dropped) -> Tensor:
-    """The dropped elements of g Wᵀ, of shape (N,), for a contiguous W: what autograd does to `product`'s x."""
-    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    return backward(g_TO.contiguous(), W_IO, dropped.columns, dropped.starts, dropped.rows, 0)
+def sampled(g_TO: Tensor, W_OI: Tensor, dropped: Dropped) -> Tensor:
+    """The dropped elements of g W, of shape (N,)."""
+    _accept_beta()
+    columns, starts = dropped
+    size, zeros = (len(g_TO), W_OI.shape[1]), g_TO.new_zeros(len(columns))
+    found = torch.sparse_csr_tensor(starts, columns, zeros, size, check_invariants=False)
+    for some in _slices(W_OI, _SAMPLED):
+        found = torch.sparse.sampled_addmm(found, g_TO[:, some], W_OI[some])
+    return found.values()
 
 
 def without(x_TI: Tensor, places: Tensor) -> Tensor:
@@ -68,3 +84,18 @@ def without(x_TI: Tensor, places: Tensor) -> Tensor:
     kept = x_TI.clone(memory_format=torch.contiguous_format)
     kept.view(-1).index_fill_(0, places, 0)
     return kept
+
+
+def _slices(W_OI: Tensor, most: int) -> Iterator[slice]:
+    """The rows of a weight, so many at a time that they have about so many numbers."""
+    rows, columns = W_OI.shape
+    step = max(1, most // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+@cache
+def _accept_beta() -> None:
+    """Once a process torch warns that sparse CSR tensors are in beta: here, where nobody need hear of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
