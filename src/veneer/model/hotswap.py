@@ -18,7 +18,7 @@ from veneer.errors import AttachError, ConfigError, MergeError, VeneerWarning, b
 from veneer.layers.adapter import Adapter
 from veneer.layers.attach import adapter_on
 from veneer.layers.sharded import has_master
-from veneer.layers.walk import finder
+from veneer.layers.walk import finder, modules_outside
 from veneer.layers.weights import read
 from veneer.model.apply import follow_route, one_at_a_time
 from veneer.model.files import read_other
@@ -145,7 +145,7 @@ def _as_tensor(scale: float, device: torch.device) -> Tensor:
 def _is_compiled(model: nn.Module) -> bool:
     return any(
         "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
-        for module in model.modules()
+        for _, module in modules_outside(model)
     )
 
 
@@ -203,14 +203,14 @@ def _swap(
     """Write checked values over adapter `name`. Raises AttachError if they do not go with what is there."""
     instead = "Values of the same settings go into it with load_adapter(folder, name)."
     check_whole(part, f"Adapter {name!r} cannot be swapped", instead)
-    if any(map(has_master, part.parameters())):
+    overlay, find = overlay_needed(part), finder(part)
+    there = {_place(site): site for site in (*overlay.resolutions[name].sites, *overlay.idle.get(name, ()))}
+    adapters = {place: adapter_on(find(site.path), name, site.parameter) for place, site in there.items()}
+    if any(has_master(parameter) for adapter in adapters.values() for parameter in adapter.parameters()):
         raise AttachError(
             f"Adapter {name!r} cannot be swapped: DeepSpeed has taken over the model and steps copies of its own, in "
             f"which the next step would find what was there before. {instead}"
         )
-    overlay, find = overlay_needed(part), finder(part)
-    there = {_place(site): site for site in (*overlay.resolutions[name].sites, *overlay.idle.get(name, ()))}
-    adapters = {place: adapter_on(find(site.path), name, site.parameter) for place, site in there.items()}
     problems = [
         *_other_places(overlay, name, config, resolution, there),
         *(why for site in resolution.sites if _place(site) in there for why in _other_form(adapters, there, site)),
