@@ -29,27 +29,31 @@ HEAD = """# Benchmarks
 What Veneer costs beside PEFT, and beside the least that it could cost. The contenders of a table ran in turn in one
 process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
-of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. Of this
-record, the step of layers and freed memory are of the newest code. The steps of a whole model and of large layers, and
-scaling, are of the code before dropout went some rows at a time, when it took longer. End to end, attaching and mixed
-batches were measured while tests ran beside them, the rest alone.
+of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. All is of
+one evening and one state of the code, with nothing running beside. The machine is a virtual one whose speed wanders by
+a tenth from minute to minute: of two ratios that differ by less than a twentieth, neither is the better one.
 """
 
 # For figures with a missed aim: what stands between them, and what was tried.
 TRIED = {
     "step": """
-Dropout: its places are drawn again in the backward pass, by torch on one thread
-however many there are, and x goes through a buffer, some rows at a time, once a pass. q, k and v have places of their
-own, so their A's share no product as they do without dropout. A mask would cost a draw and a byte for every element.
-What remains of LoRA's own cost are thin products, which do less in a time than wide ones, and some seven calls from
-Python for each layer.
-DoRA: a pass over the output in each direction for
-the gain, and the norms of W + sBA, as much work as the forward of one more token for each rank; expanding the square
-costs the same and cancels. DoRA with dropout multiplies W twice by its formula; the sparse products with the dropped
-elements, which take the second one's place on a CPU, cost some 6 % of the limit forward and 9 % backward, and turning W
-for them 6 %. A turned copy that stays would save the latter and double the weights. LoRA itself: q, k and v, and gate
-and up, share one product with their A's; one function over a whole MLP was no faster, and adding sBA to W makes a
-temporary of W's size and loses small updates in 16 bits.""",
+LoRA: by counting it should cost 1.05 of the limit. Thin products do less in a time than wide ones and wait for memory:
+alone, each at its best, they come to 1.06 to 1.07; the rest are some seven calls from Python for each layer, and
+activations that the frozen layers need not keep, which push others out of the cache. q, k and v, and gate and up, share
+one product with their A's; one function over a whole MLP was no faster; adding sBA to W makes a temporary of W's size
+and loses small updates in 16 bits.
+Dropout: its places are drawn again in the backward pass, by torch on one thread however many there are, and x goes
+through a buffer, some rows at a time, once a pass. q, k and v have places of their own, so their A's share no product
+as they do without dropout. A mask would cost a draw and a byte for every element. Putting the dropped elements back
+after the update, instead of a buffer with zeros, was no faster side by side.
+DoRA: a pass over the output in each direction for the gain, and the norms of W + sBA, as much work as the forward of
+one more token for each rank; expanding the square costs the same and cancels.
+DoRA with dropout multiplies W twice by its formula, which alone is twice the limit's products. The sparse products with
+the dropped elements, which take the second one's place on a CPU for float32, do a twentieth of its work in a fifth to
+two fifths of its time, as they wait for rows of W from the cache. Turning W a part at a time and torch's own sampled
+product have made large layers' 0.7 of what they were, and small ones' no faster than the machine's noise.
+With bf16 the limit takes 0.6 of its time, and most of what is added no less than before.
+Pages of 2 MiB for what a step allocates brought nothing that stands out from the noise.""",
     "activation_memory": """
 DoRA's gain needs the layer's output before it for the magnitude's
 gradient: one tensor of the output's size is kept, and no more.""",
@@ -58,10 +62,11 @@ What is imported then beside torch is numpy, regex and our own files; `import
 veneer` alone does not import torch at all.""",
     "adapter_files": """
 Saving: the file is flushed to the disk, read back and compared before it takes
-the old one's place, PEFT's is left to the system's cache; *file alone* is the writing and flushing of the same bytes,
-which no saving can beat. Merging: the sum is made in float64 and rounded once, where PEFT adds in the weight's dtype,
-and what unmerging needs is kept. Large tensors: reading and checking the bytes is all there is to do, in both
-libraries.""",
+the old one's place, PEFT's is left to the system's cache; *file alone* is the writing of the same bytes without a
+flush. Merging and folding in: the sum is made in float64 and rounded once, where PEFT adds in the weight's dtype, every
+weight is looked through for NaN and infinity before the first one is put in place, and merging keeps the base, so that
+unmerging is exact and takes next to nothing: for small layers both together take PEFT's time. Large tensors: reading
+and checking the bytes is all there is to do, in both libraries.""",
     "mixed_batch": """
 Prefill: PEFT itself takes little more than the bare base here, so a third of
 its time is less than the base alone takes. Decode: at 64 adapters the factors of rank 16 that every token must read are
