@@ -54,12 +54,19 @@ two fifths of its time, as they wait for rows of W from the cache. Turning W a p
 product have made large layers' 0.7 of what they were, and small ones' no faster than the machine's noise.
 With bf16 the limit takes 0.6 of its time, and most of what is added no less than before.
 Pages of 2 MiB for what a step allocates brought nothing that stands out from the noise.""",
+    "step_model": """
+As for the step of two layers. Here a layer sees 512 tokens instead of 1,024: what each call costs weighs twice as much,
+and dropout's many small ones no less than PEFT's mask.""",
+    "step_large": """
+With 128 tokens DoRA's norms, which read W once in float32 whatever its dtype, and with dropout the second product with
+W (sparse ones pay from 256 tokens on) are most of what is added. With more tokens the norms' share falls.""",
     "activation_memory": """
 DoRA's gain needs the layer's output before it for the magnitude's
 gradient: one tensor of the output's size is kept, and no more.""",
     "attach": """
-What is imported then beside torch is numpy, regex and our own files; `import
-veneer` alone does not import torch at all.""",
+Import: what comes then beside torch is numpy, regex and our own files; `import veneer` alone does not import torch at
+all. Fused experts: the start of each expert's A is drawn by itself, 1,024 draws here, so that it is what a linear layer
+of its own would have.""",
     "adapter_files": """
 Saving: the file is flushed to the disk, read back and compared before it takes
 the old one's place, PEFT's is left to the system's cache; *file alone* is the writing of the same bytes without a
