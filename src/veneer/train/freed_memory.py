@@ -14,7 +14,9 @@ from typing import Any
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _SAID_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 _KEPT = -1  # bytes at the end of the heap before any are given back: however many
-_LARGE = 2**30  # bytes from which on a block comes from the system by itself, and goes back
+# Bytes from which on a block comes from the system by itself, and goes back: glibc (2.36) often does not put a block of
+# torch's where one as large was, which with blocks of 900 MiB came to four times the memory.
+_LARGE = 2**27
 _KEPT_AFTER, _LARGE_AFTER = 2**26, 2**25  # what glibc itself comes to, once a large block was freed
 
 
