@@ -8,6 +8,7 @@ import pytest
 import tiny
 import veneer
 from veneer import LoraConfig, PeftModel
+from veneer.model.hotswap import hotswap_adapter_from_state_dict
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FEW, MANY = 2, 8
@@ -42,11 +43,17 @@ def disabled(model: PeftModel) -> None:
         pass
 
 
+def swapped(model: PeftModel) -> None:
+    values = veneer.get_peft_model_state_dict(model, adapter_name="default")
+    hotswap_adapter_from_state_dict(model, values, "default", LoraConfig(r=2, target_modules=TARGETS))
+
+
 OPERATIONS: dict[str, Callable[[PeftModel], object]] = {
     "attach": lambda model: model.add_adapter("more", LoraConfig(r=2, target_modules=TARGETS)),
     "switch": lambda model: model.set_adapter("number1"),
     "disable": disabled,
     "delete": lambda model: model.delete_adapter("number1"),
+    "hotswap": swapped,
 }
 
 
