@@ -30,8 +30,9 @@ What Veneer costs beside PEFT, and beside the least that it could cost. The cont
 process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
 of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. All is of
-one evening and one state of the code, with nothing running beside. The machine is a virtual one whose speed wanders by
-a tenth from minute to minute: of two ratios that differ by less than a twentieth, neither is the better one.
+one evening with nothing running beside, and of one state of the code, but that hot-swapping was mended before files and
+merging were measured. The machine is a virtual one whose speed wanders by a tenth from minute to minute: of two ratios
+that differ by less than a twentieth, neither is the better one.
 """
 
 # For figures with a missed aim: what stands between them, and what was tried.
@@ -49,9 +50,9 @@ after the update, instead of a buffer with zeros, was no faster side by side.
 DoRA: a pass over the output in each direction for the gain, and the norms of W + sBA, as much work as the forward of
 one more token for each rank; expanding the square costs the same and cancels.
 DoRA with dropout multiplies W twice by its formula, which alone is twice the limit's products. The sparse products with
-the dropped elements, which take the second one's place on a CPU for float32, do a twentieth of its work in a fifth to
-two fifths of its time, as they wait for rows of W from the cache. Turning W a part at a time and torch's own sampled
-product have made large layers' 0.7 of what they were, and small ones' no faster than the machine's noise.
+the dropped elements, which take the second one's place on a CPU for float32, do a twentieth of its work in a third to a
+half of its time, turning W included, as they wait for rows of W from the cache. Turning W a part at a time and torch's
+own sampled product have made large layers' 0.4 to 0.5 of what they were; small ones' are as fast as before.
 With bf16 the limit takes 0.6 of its time, and most of what is added no less than before.
 Pages of 2 MiB for what a step allocates brought nothing that stands out from the noise.""",
     "step_model": """
