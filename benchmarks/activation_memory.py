@@ -152,9 +152,11 @@ def figure(options: Options) -> Figure:
     tables = [one_layer(features, tokens, 16, dtype) for dtype in (torch.bfloat16, torch.float32)]
     shape, batch, tokens = (TINY, 2, 16) if options.quick else (SMOLLM2_LAYERS, 4, 256)
     tables.append(decoder_layers(Work(shape, batch, tokens), 16))
-    if not options.quick:
-        shape = EIGHT_LAYERS
-    tables += peaks(Work(shape, batch, tokens, device=options.device), CASES[1:2] if options.quick else CASES)
+    if options.quick:  # Linux tells a process's memory to some dozen pages only: a tiny model's step is lost in them
+        shape, batch, tokens, cases = SMOLLM2_LAYERS, 2, 64, CASES[1:2]
+    else:
+        shape, cases = EIGHT_LAYERS, CASES
+    tables += peaks(Work(shape, batch, tokens, device=options.device), cases)
     return Figure("activation_memory", "Activation memory", ABOUT, tables)
 
 

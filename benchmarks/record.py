@@ -4,6 +4,7 @@ The JSON keeps the values themselves: medians, spreads, ratios and whether an ai
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -90,11 +91,15 @@ class Table:
         return next(row for row in self.rows if row.name == name)
 
     def ratios(self, name: str, against: str | None = None) -> list[float]:
-        """One row's value by another's (by default the reference's), for each round; empty without a reference."""
+        """One row's value by another's (by default the reference's), for each round; empty without a reference.
+
+        By a value of 0 there is no ratio: nan, which meets no aim.
+        """
         other = against or self.reference
         if other is None:
             return []
-        return [value / base for value, base in zip(self[name].values, self[other].values, strict=True)]
+        pairs = zip(self[name].values, self[other].values, strict=True)
+        return [value / base if base else math.nan for value, base in pairs]
 
     def ratio(self, name: str, against: str | None = None) -> float:
         """The median of `ratios`. Raises StatisticsError without a reference."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Aim, Contender, Figure, Options, main, measure, show
+from benchmarks.record import Row, Table
 
 
 class Clock:
@@ -34,6 +35,14 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
     assert table.ratio("ours") == pytest.approx(1.25)
     assert table["ours"].values == pytest.approx([1.25 * 1.5**turn for turn in range(3, 8)])  # two rounds of warm-up
     assert table["ours"].spread == pytest.approx((1.25 * 1.5**4, 1.25 * 1.5**6))
+
+
+def test_by_a_value_of_nothing_there_is_no_ratio_and_the_table_stands(capsys) -> None:
+    table = Table("t", [Row("limit", [0.0]), Row("Veneer", [3.0], Aim(at_most=1.1))], "limit", "MiB")
+    assert math.isnan(table.ratio("Veneer"))
+    assert [met for *_, met in table.judged()] == [False]
+    show(Figure("f", "F", "", [table]))
+    assert "missed: nan" in capsys.readouterr().out
 
 
 def test_the_order_moves_on_by_one_each_round() -> None:
