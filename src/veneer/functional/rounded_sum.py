@@ -1,6 +1,6 @@
-"""A weight and its low-rank updates, summed exactly enough and rounded once, without a temporary of the weight's size.
+"""Weights and their low-rank updates, summed exactly enough and rounded once, without a temporary of the weights' size.
 
-Shapes: I in, O out, R rank.
+Shapes: N matrices, I in, O out, R rank.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 16  # numbers of a weight that are summed at once on a CPU, where they stay in the cache
+Product = tuple[Tensor, Tensor, float]  # A of shape (N, R, I), B of shape (N, O, R), s: the updates s · B A
+BLOCK = 1 << 19  # numbers of the weights that are summed at once on a CPU: 4 MiB, which stay in the cache
 DEVICE_BLOCK = 1 << 24  # and elsewhere, where each step has a cost
 FEWEST_ROWS = 64  # but no fewer rows than pay for reading all of A once more
 
@@ -18,36 +19,40 @@ def exact_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.device.type == "cpu" else torch.promote_types(weight.dtype, torch.float32)
 
 
-def add_products(W_OI: Tensor, products: Sequence[tuple[Tensor, Tensor, float]], out_OI: Tensor) -> None:
-    """out = W + Σ s · B A for (A, B, s) of `products`, each sum made in `exact_dtype` and rounded once, into `out`.
+def add_products(W_NOI: Tensor, products: Sequence[Product], out_NOI: Tensor) -> None:
+    """out = W + Σ s · B A, each sum made in `exact_dtype` and rounded once, into `out`.
 
-    A few rows at a time: what it needs besides is one block.
+    A few matrices at a time, or a few rows of one: what it needs besides is one block and the factors.
     """
-    if W_OI.stride(0) < W_OI.stride(1):  # rows that lie together in memory are worked on together
-        turned = [(B_OR.T, A_RI.T, scale) for A_RI, B_OR, scale in products]
-        return add_products(W_OI.T, turned, out_OI.T)
-    exact = exact_dtype(W_OI)
-    products = [(A_RI.to(exact), B_OR.to(exact), scale) for A_RI, B_OR, scale in products]
-    rows = max(FEWEST_ROWS, (BLOCK if W_OI.device.type == "cpu" else DEVICE_BLOCK) // max(1, W_OI.shape[1]))
-    sums_OI = torch.empty(min(rows, W_OI.shape[0]), W_OI.shape[1], dtype=exact, device=W_OI.device)
-    for first in range(0, W_OI.shape[0], rows):
-        block = slice(first, min(first + rows, W_OI.shape[0]))
-        sums = sums_OI[: block.stop - block.start].copy_(W_OI[block])
-        for A_RI, B_OR, scale in products:
-            sums.addmm_(B_OR[block], A_RI, alpha=scale)
-        out_OI[block] = sums
+    if W_NOI.stride(1) < W_NOI.stride(2):  # rows that lie together in memory are worked on together
+        turned = [(B_NOR.mT, A_NRI.mT, scale) for A_NRI, B_NOR, scale in products]
+        return add_products(W_NOI.mT, turned, out_NOI.mT)
+    exact, (count, height, width) = exact_dtype(W_NOI), W_NOI.shape
+    products = [(A.to(exact).contiguous(), B.to(exact).contiguous(), scale) for A, B, scale in products]
+    block = BLOCK if W_NOI.device.type == "cpu" else DEVICE_BLOCK
+    matrices, rows = max(1, block // max(1, height * width)), max(FEWEST_ROWS, block // max(1, width))
+    sums_NOI = torch.empty(min(matrices, count), min(rows, height), width, dtype=exact, device=W_NOI.device)
+    for n in range(0, count, matrices):
+        for o in range(0, height, rows):
+            W, out = (M[n : n + matrices, o : o + rows] for M in (W_NOI, out_NOI))
+            sums = sums_NOI[: W.shape[0], : W.shape[1]].copy_(W)
+            for A_NRI, B_NOR, scale in products:
+                sums.baddbmm_(B_NOR[n : n + matrices, o : o + rows], A_NRI[n : n + matrices], alpha=scale)
+            out.copy_(sums)
 
 
-def stays_finite(W: Tensor, products: Sequence[tuple[Tensor, Tensor, float]]) -> bool:
+def stays_finite(W_NOI: Tensor, products: Sequence[Product]) -> bool:
     """Whether W + Σ s · B A surely has no NaN and no infinity in W's dtype, told without the sums.
 
     No entry of B A is larger than the largest row of B times the largest column of A. False may be needless.
     """
-    if not W.numel():
+    if not W_NOI.numel():
         return True
-    low, high = W.detach().aminmax()
-    bound = torch.maximum(-low, high).to(exact_dtype(W))
-    for A_RI, B_OR, scale in products:
-        column, row = (torch.linalg.vector_norm(M.to(exact_dtype(W)), dim=0).amax() for M in (A_RI, B_OR.T))
-        bound = bound + abs(scale) * column * row
-    return bool(bound <= torch.finfo(W.dtype).max / 2)
+    exact = exact_dtype(W_NOI)
+    low, high = W_NOI.detach().aminmax()
+    bound = torch.maximum(-low, high).to(exact)
+    for A_NRI, B_NOR, scale in products:
+        column_N = torch.linalg.vector_norm(A_NRI, dim=1, dtype=exact).amax(1)
+        row_N = torch.linalg.vector_norm(B_NOR, dim=2, dtype=exact).amax(1)
+        bound = bound + abs(scale) * (column_N * row_N).amax()
+    return bool(bound <= torch.finfo(W_NOI.dtype).max / 2)

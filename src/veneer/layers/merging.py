@@ -75,8 +75,7 @@ def check_merge(
     kind, W = adapters[0].kind, read(layer, parameter)
     plain = kind.never_refuses_merge and not any(a.rule != "add" or a.lora_bias is not None for a in adapters)
     with torch.no_grad():
-        products = [(A, B, s) for products, s in map(_products, adapters) for A, B in products]
-        if plain and stays_finite(W, products):
+        if plain and stays_finite(kind.matrices_in(W), [_product(adapter) for adapter in adapters]):
             return
     merged_values(layer, parameter, adapters, what, losses={} if requantize else None)
 
@@ -146,19 +145,17 @@ def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter], or
 
 def _sum_in_blocks(W: Tensor, adapters: Sequence[Adapter]) -> Tensor | None:
     """The weight with the adapters' updates, made a few rows at a time; None if it is no matrix in its place."""
-    merged = torch.empty_like(W, requires_grad=False)
-    places = adapters[0].kind.matrices_in(merged)
-    if any(place.untyped_storage().data_ptr() != merged.untyped_storage().data_ptr() for place in places):
+    merged, kind = torch.empty_like(W, requires_grad=False), adapters[0].kind
+    place = kind.matrices_in(merged)
+    if place.untyped_storage().data_ptr() != merged.untyped_storage().data_ptr():
         return None
-    updates = [_products(adapter) for adapter in adapters]
-    for index, (W_OI, place) in enumerate(zip(adapters[0].kind.matrices_in(W), places, strict=True)):
-        add_products(W_OI, [(*products[index], scale) for products, scale in updates], place)
+    add_products(kind.matrices_in(W), [_product(adapter) for adapter in adapters], place)
     return merged
 
 
-def _products(adapter: Adapter) -> tuple[Sequence[tuple[Tensor, Tensor]], float]:
+def _product(adapter: Adapter) -> tuple[Tensor, Tensor, float]:
     """The factors of each matrix's update, and what their product is multiplied by."""
-    return adapter.kind.products(*adapter.factors()), float(adapter.scale)
+    return *adapter.kind.factors_of(*adapter.factors()), float(adapter.scale)
 
 
 def _merged_bias(layer: Layer, parameter: str, adapters: Sequence[Adapter], original: Tensor | None) -> Tensor | None:

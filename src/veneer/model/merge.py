@@ -16,7 +16,7 @@ from veneer.layers.merging import check_merge, merge_here, merged_values, unmerg
 from veneer.layers.peft_names import WeightNames
 from veneer.layers.replication import replication_of
 from veneer.layers.route import as_names
-from veneer.layers.walk import modules_outside
+from veneer.layers.walk import finder, modules_outside
 from veneer.layers.weights import Loss, is_offloaded, kept, put_back, write
 from veneer.model.apply import check_bases, one_at_a_time, place_stand_ins, remove_adapter, set_enabled
 from veneer.model.merge_shared import Sources, check_rows, merged_rows, one_with, put_merged, sources_of
@@ -45,12 +45,11 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, losses: Losses |
     overlay.requantize = losses is not None
     overlay.route.set(merged=names)
     place_stand_ins(model, overlay)  # before the merged weights are there, which none of them stands in for
-    sources = sources_of(model, names)
+    sources, find = sources_of(model, names), finder(model)
     for (path, parameter), value in merged.items():
         for tied in one_with(sources, path):
-            layer: Layer = model.get_submodule(tied)
-            overlay.originals[tied, parameter] = kept(layer, parameter)
-        put_merged(model, sources, path, parameter, value)
+            overlay.originals[tied, parameter] = kept(find(tied), parameter)
+        put_merged(find, sources, path, parameter, value)
     return names
 
 
@@ -86,8 +85,9 @@ def unmerge(model: nn.Module) -> None:
         raise MergeError("Nothing is merged.")
     for layer, _ in merged_by_themselves(model, overlay):
         unmerge_here(layer)
+    find = finder(model)
     for (path, parameter), original in overlay.originals.items():
-        put_back(model.get_submodule(path), parameter, original)
+        put_back(find(path), parameter, original)
     overlay.originals.clear()
     overlay.requantize = False
     overlay.route.set(merged=())
@@ -165,9 +165,9 @@ def merge_and_remove(model: nn.Module, names: Sequence[str] | None = None, losse
         raise
     overlay.route.set(active=names)
     place_stand_ins(model, overlay)
-    sources = sources_of(model, names)
+    sources, find = sources_of(model, names), finder(model)
     for (path, parameter), value in _merged_parameters(model, names, checked=True, losses=losses):
-        put_merged(model, sources, path, parameter, value)
+        put_merged(find, sources, path, parameter, value)
     for name in names:
         for _, module in saved_modules(model, name):
             _take_over(module, module.modules_to_save[name])
@@ -245,10 +245,10 @@ def _check_merge(model: nn.Module, names: Sequence[str], *, requantize: bool) ->
     sources = sources_of(model, names)
     for _ in merged_rows(model, names, sources):
         pass
-    problems = []
+    problems, find = [], finder(model)
     for (path, parameter), adapters in _adapters_by_weight(model, names, sources).items():
         try:
-            check_merge(model.get_submodule(path), parameter, adapters, path, requantize=requantize)
+            check_merge(find(path), parameter, adapters, path, requantize=requantize)
         except MergeError as problem:
             problems.append(str(problem))
     _raise_all(problems)
@@ -263,11 +263,10 @@ def _merged_parameters(
     """
     sources = sources_of(model, names)
     yield from merged_rows(model, names, sources)
-    problems = []
+    problems, find = [], finder(model)
     for (path, parameter), adapters in _adapters_by_weight(model, names, sources).items():
         try:
-            layer = model.get_submodule(path)
-            values = merged_values(layer, parameter, adapters, path, checked=checked, losses=losses)
+            values = merged_values(find(path), parameter, adapters, path, checked=checked, losses=losses)
         except MergeError as problem:
             problems.append(str(problem))
             continue

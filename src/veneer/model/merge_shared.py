@@ -1,10 +1,11 @@
 """What merging means for embeddings: rows that stand in place of theirs, and weights that stay one after it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from veneer.errors import MergeError
+from veneer.layers.kinds import Layer
 from veneer.layers.token_rows import TokenRows, with_rows
 from veneer.layers.weights import is_offloaded, write
 from veneer.model.overlay import overlay_needed, token_rows
@@ -33,9 +34,9 @@ def one_with(sources: Sources, path: str) -> list[str]:
     return [path, *(tied for tied, source in sources.items() if source == path)]
 
 
-def put_merged(model: nn.Module, sources: Sources, path: str, parameter: str, value: Tensor) -> None:
-    """Put a merged value in place, as one parameter in all modules that share it."""
-    first, *others = (model.get_submodule(one) for one in one_with(sources, path))
+def put_merged(find: Callable[[str], Layer], sources: Sources, path: str, parameter: str, value: Tensor) -> None:
+    """Put a merged value in place, as one parameter in all modules that share it; `find` is the model's `finder`."""
+    first, *others = (find(one) for one in one_with(sources, path))
     write(first, parameter, value)
     for other in others:
         if is_offloaded(other, parameter):

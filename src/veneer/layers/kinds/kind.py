@@ -4,7 +4,7 @@ A linear map on the last dimension needs no more than its size: every other memb
 does. Shapes: I in, O out, R rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -169,13 +169,16 @@ class Kind:
             return self.delta(A, B, scale, shape)
         return self.from_matrix(lowrank.delta(*self.product(A, B), scale), shape)
 
-    def matrices_in(self, W: Tensor) -> Sequence[Tensor]:
-        """Each matrix (O, I) that a weight holds; views of it where its place in memory allows that."""
-        return [self.to_matrix(W)] if self.stack is None else self.stack.matrices_in(W)
+    def matrices_in(self, W: Tensor) -> Tensor:
+        """The N matrices that a weight holds, (N, O, I); a view of it where its place in memory allows that."""
+        return self.to_matrix(W).unsqueeze(0) if self.stack is None else self.stack.matrices_in(W)
 
-    def products(self, A: Tensor, B: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """Matrices (R, I) and (O, R) for each of those: their products are the update."""
-        return [self.product(A, B)] if self.stack is None else self.stack.products(A, B)
+    def factors_of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Matrices (N, R, I) and (N, O, R) for those: their products are the updates."""
+        if self.stack is not None:
+            return self.stack.factors_of(A, B)
+        A_RI, B_OR = self.product(A, B)
+        return A_RI.unsqueeze(0), B_OR.unsqueeze(0)
 
     def summed(self, A: Tensor, B: Tensor, more_A: Tensor, more_B: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of the sum of two updates."""

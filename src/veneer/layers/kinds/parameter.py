@@ -58,15 +58,15 @@ class Stack:
         A_ERI, B_ORE = self._apart(A, B)
         return self._kept((B_ORE * scale).permute(2, 0, 1) @ A_ERI, shape)
 
-    def matrices_in(self, W: Tensor) -> Sequence[Tensor]:
-        """The matrices, each (O, I): views of the parameter."""
+    def matrices_in(self, W: Tensor) -> Tensor:
+        """The matrices, (E, O, I): a view of the parameter."""
         whole = W.reshape(self.matrices, *W.shape[-2:])
-        return (whole.transpose(1, 2) if self.transposed else whole).unbind()
+        return whole.transpose(1, 2) if self.transposed else whole
 
-    def products(self, A: Tensor, B: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The factors (R, I) and (O, R) of each matrix."""
+    def factors_of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of each matrix, (E, R, I) and (E, O, R)."""
         A_ERI, B_ORE = self._apart(A, B)
-        return list(zip(A_ERI.unbind(), B_ORE.unbind(2), strict=True))
+        return A_ERI, B_ORE.permute(2, 0, 1)
 
     def joined(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The factors of the stack from those of each matrix."""
