@@ -240,15 +240,19 @@ def test_gradient_checkpointing_changes_nothing():
         assert_close(found, expected)
 
 
-def test_each_expert_starts_by_itself():
-    _, model = adapted(init_lora_weights=True, r=4)
-    fresh = veneer.get_peft_model(tiny_moe.mixtral(), veneer.LoraConfig(r=4, target_parameters=BOTH))
-    experts = fresh.get_base_model().model.layers[0].mlp.experts
-    A_ERI = adapter_on(experts, "default", "gate_up_proj").lora_A.detach().reshape(4, 4, 16)
-    bound = 1 / 16**0.5  # of a linear layer with 16 inputs
-    assert 0.8 * bound < A_ERI.abs().amax() <= bound
-    assert len({tuple(A.flatten().tolist()) for A in A_ERI}) == 4
-    assert not adapter_on(experts, "default", "gate_up_proj").lora_B.any()
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_each_expert_starts_as_a_layer_of_its_own_would(init):
+    config = veneer.LoraConfig(r=4, target_parameters=["gate_up_proj"], init_lora_weights=init)
+    base = tiny_moe.mixtral()
+    torch.manual_seed(3)
+    model = veneer.get_peft_model(base, config)
+    torch.manual_seed(3)
+    for layer in model.get_base_model().model.layers:
+        adapter, W = adapter_on(layer.mlp.experts, "default", "gate_up_proj"), layer.mlp.experts.gate_up_proj
+        for e in range(4):
+            alone = initialise("kaiming" if init is True else init, Weight.of(W[e].detach()), 4)
+            assert torch.equal(adapter.lora_A[4 * e : 4 * e + 4], alone.A)
+            assert torch.equal(adapter.lora_B[:, e::4], alone.B)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq", "orthogonal", "mica"])

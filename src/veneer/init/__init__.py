@@ -46,6 +46,8 @@ INITS: dict[str, Initialiser] = {
 # Those that look at nothing but the shape; the first three can start a grouped convolution as well.
 SHAPE_ONLY = ("kaiming", "kaiming_both", "gaussian", "embedding_default", "normal_both")
 GROUPED = SHAPE_ONLY[:3]
+# Those whose A depends on the inputs alone and whose B is zero: one draw of all ranks starts a whole stack of matrices.
+STARTS_BY_INPUTS = ("kaiming",)
 # What the data-driven methods are given.
 _STATS: dict[str, tuple[type, ...]] = {"eva": (Components,), "corda": (Tensor, CordaParts), "lora_ga": (Tensor,)}
 
@@ -113,6 +115,7 @@ def _placed(X: Tensor, device: torch.device) -> Tensor:
 __all__ = [
     "GROUPED",
     "INITS",
+    "STARTS_BY_INPUTS",
     "Components",
     "CordaParts",
     "Factors",

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from veneer.config import LoraConfig
 from veneer.config.init_names import FROZEN, OPTIONS_FIELD
 from veneer.errors import AttachError, ConfigError
-from veneer.init import Factors, Measured, Weight, initialise
+from veneer.init import STARTS_BY_INPUTS, Factors, Measured, Weight, initialise
 from veneer.layers.adapter import Adapter
 from veneer.layers.kinds import Layer
 from veneer.layers.saved_module import original_state
@@ -151,6 +151,8 @@ def _started(
     """A and B as matrices, as the config's initialisation makes them. Raises ConfigError naming the layer."""
     name = _init_name(site, config, stats)
     options = getattr(config, OPTIONS_FIELD[name]) if name in OPTIONS_FIELD else None
+    if site.kind.stack is not None and name in STARTS_BY_INPUTS:
+        return _started_at_once(layer, site, name, generator)
     try:
         made = [
             initialise(name, weight, site.rank, scale=site.scale, options=options, stats=stats, generator=generator)
@@ -163,6 +165,13 @@ def _started(
     A, B = site.kind.stack.joined([one.A for one in made], [one.B for one in made])
     bases = [one.base for one in made if one.base is not None]
     return replace(made[0], A=A, B=B, base=torch.cat(bases) if bases else None)
+
+
+def _started_at_once(layer: Layer, site: Site, name: str, generator: Generator | None) -> Factors:
+    """The same for every matrix of a stack by one draw, as if they were one matrix with the ranks of all."""
+    (rank, in_features), (out_features, _) = site.factors
+    weight = Weight(out_features, in_features, home(layer, site.parameter), partial(read, layer, site.parameter))
+    return initialise(name, weight, rank, generator=generator)
 
 
 def _weights(layer: Layer, site: Site) -> Iterator[Weight]:
