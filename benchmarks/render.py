@@ -67,16 +67,15 @@ gradient: one tensor of the output's size is kept, and no more.""",
     "attach": """
 Import: what comes then beside torch is regex and 168 files of our own, together 0.09 s, and a full collection of
 garbage, another 0.08 s, which walks all of torch's objects and comes with whatever is imported after torch. All is
-compiled, as pip leaves what it installs. `import veneer` alone does not import torch at all. Fused experts: the start of each expert's A is drawn by itself, 1,024 draws here, so that it is what a linear layer
-of its own would have.""",
+compiled, as pip leaves what it installs. `import veneer` alone does not import torch at all.""",
     "adapter_files": """
 Saving: the file is flushed to the disk, read back and compared before it takes
 the old one's place, PEFT's is left to the system's cache; *file alone* is the writing of the same bytes without a
 flush. Merging and folding in: the sum is made in float64 and rounded once, where PEFT adds in the weight's dtype, every
 weight is looked through for NaN and infinity before the first one is put in place, and the merged weights have memory
 of their own, which the system clears first. Merging keeps the base, so that unmerging is exact and takes next to
-nothing: both together take less than PEFT's. Experts in one parameter are added several at a time. Large tensors: reading
-and checking the bytes is all there is to do, in both libraries.""",
+nothing: both together take less than PEFT's. Experts in one parameter are added several at a time. Large tensors:
+reading and checking the bytes is all there is to do, in both libraries.""",
     "mixed_batch": """
 Prefill: PEFT itself takes little more than the bare base here, so a third of
 its time is less than the base alone takes. Decode: at 64 adapters the factors of rank 16 that every token must read are

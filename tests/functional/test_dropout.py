@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.functional import dropout
-from veneer.functional.dropout import blocks, dropped, dropped_places, new_seed, window
+from veneer.functional.dropout import blocks, dropped, dropped_places, new_seed, room
 
 
 @pytest.mark.parametrize("p", [0.02, 0.05, 0.3, 0.5])
@@ -61,13 +61,13 @@ def test_places_are_indices(rows, columns):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 5), (1024, 576), (2, 2**20)])
-def test_blocks_are_all_rows_in_order_and_stay_in_their_window(rows, columns):
+def test_blocks_are_all_rows_in_order_and_have_room(rows, columns):
     found = list(blocks(rows, columns, 0.1, 3))
     assert [row for block in found for row in range(*block.rows.indices(rows))] == list(range(rows))
-    most = window(rows, columns)
     for block in found:
-        assert (block.rows.stop - block.rows.start) * columns <= most
-        assert ((block.places >= 0) & (block.places < most)).all()
+        size = (block.rows.stop - block.rows.start) * columns
+        assert ((block.places >= 0) & (block.places <= size)).all()
+        assert size < room(rows, columns)
 
 
 def test_a_matrix_of_several_blocks_is_dropped_evenly(monkeypatch):

@@ -21,8 +21,8 @@ class Block(NamedTuple):
     """The dropped elements of some rows of a matrix.
 
     rows    which rows
-    places  indices into the flattened rows; some come more than once, in any order, and some lie past the last
-            element, below `window(rows, columns, device)`
+    places  indices into the flattened rows; some come more than once, in any order, and some are the one past the last
+            element
     """
 
     rows: slice
@@ -34,9 +34,9 @@ def new_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
-def window(rows: int, columns: int, device: torch.device | str = "cpu") -> int:
-    """Elements, a power of two, of a buffer that holds what any block of such a matrix has, and its places."""
-    return 1 << _bits(min(rows, _rows_at_once(columns, device)) * columns)
+def room(rows: int, columns: int, device: torch.device | str = "cpu") -> int:
+    """Elements of a buffer that holds any block of such a matrix, and its places."""
+    return min(rows, _rows_at_once(columns, device)) * columns + 1
 
 
 def blocks(rows: int, columns: int, p: float, seed: int, device: torch.device | str = "cpu") -> Iterator[Block]:
@@ -44,24 +44,26 @@ def blocks(rows: int, columns: int, p: float, seed: int, device: torch.device | 
 
     Points are strewn evenly over 2^k indices, as many as a Poisson variable says whose mean is -log(1 - p) for each
     index: so the points of each index are Poisson variables too, independent, and none at all with probability 1 - p
-    (Kingman, Poisson Processes, 1993, section 5.1). An index is k random bits.
+    (Kingman, Poisson Processes, 1993, section 5.1). An index is k random bits; those past the last element are one.
     """
     if not rows * columns:
         return
     step = _rows_at_once(columns, device)
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    bits = [_bits((part.stop - part.start) * columns) for part in parts]
+    sizes = [(part.stop - part.start) * columns for part in parts]
+    bits = [max(1, (size - 1).bit_length()) for size in sizes]
     home = device if torch.device(device).type in _DRAW_63_BITS else "cpu"
     generator = torch.Generator().manual_seed(seed)
     means = torch.tensor([-math.log1p(-p) * 2**k for k in bits], dtype=torch.float64)
     points = torch.poisson(means, generator=generator).long().tolist()
     if torch.device(home).type != "cpu":
         generator = torch.Generator(home).manual_seed(seed)
-    for part, k, count in zip(parts, bits, points, strict=True):
-        fields = _BITS // k if k else 1
+    for part, size, k, count in zip(parts, sizes, bits, points, strict=True):
+        fields = _BITS // k
         drawn = torch.empty(-(-count // fields), dtype=torch.int64, device=home).random_(generator=generator).to(device)
-        shifts = (torch.arange(fields, device=device) * k).unsqueeze(1)
-        yield Block(part, (drawn >> shifts).bitwise_and_(2**k - 1).view(-1)[:count])
+        shifts = torch.arange(0, fields * k, k, device=device).unsqueeze(1)
+        indices = (drawn >> shifts).bitwise_and_(2**k - 1).clamp_(max=size)
+        yield Block(part, indices.view(-1)[:count])
 
 
 def dropped_places(rows: int, columns: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -83,8 +85,3 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
 def _rows_at_once(columns: int, device: torch.device | str) -> int:
     most = _CACHED if torch.device(device).type == "cpu" else _BUFFERED
     return max(1, most // max(1, columns))
-
-
-def _bits(elements: int) -> int:
-    """So many bits count at least so many elements."""
-    return max(0, elements - 1).bit_length()

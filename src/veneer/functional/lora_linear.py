@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from veneer.functional.dropout import blocks, dropped, new_seed, window
+from veneer.functional.dropout import blocks, dropped, new_seed, room
 
 
 def project(x: Tensor, As: Sequence[Tensor], p: float = 0.0) -> tuple[Tensor, list[Tensor]]:
@@ -80,7 +80,7 @@ def _projected(x: Tensor, As: Sequence[Tensor], p: float, seed: int) -> list[Ten
 def _dropped_product(x_TI: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
     """drop(x) Aᵀ, scaled up, of shape (T, R)."""
     tokens, inputs = x_TI.shape
-    h_TR, buffer = x_TI.new_zeros(tokens, len(A)), x_TI.new_empty(window(tokens, inputs, x_TI.device))
+    h_TR, buffer = x_TI.new_zeros(tokens, len(A)), x_TI.new_empty(room(tokens, inputs, x_TI.device))
     for rows, places in blocks(tokens, inputs, p, seed, x_TI.device):
         kept = _without(x_TI[rows], places, buffer)
         torch.mm(kept, A.T, out=h_TR[rows])
@@ -167,7 +167,7 @@ def _dropped_gradients(
     g_A = torch.zeros_like(A, dtype=wide) if for_A else None  # wide: it is the sum of the blocks'
     if for_x:
         own_TI = torch.zeros_like(x_TI) if g_x is None else g_x.contiguous().view(tokens, inputs)  # as above
-    buffer = x_TI.new_empty(window(tokens, inputs, x.device))
+    buffer = x_TI.new_empty(room(tokens, inputs, x.device))
     for rows, places in blocks(tokens, inputs, p, seed, x.device):
         if g_A is not None:
             g_A += g_h[rows].T @ _without(x_TI[rows], places, buffer)
