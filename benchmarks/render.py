@@ -29,9 +29,10 @@ HEAD = """# Benchmarks
 What Veneer costs beside PEFT, and beside the least that it could cost. The contenders of a table ran in turn in one
 process, in an order that moves on by one each round, so that what disturbs a round disturbs all of them. A time is the
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
-of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. All is of
-one evening with nothing running beside, and of one state of the code, but that hot-swapping was mended before files and
-merging were measured. The machine is a virtual one whose speed wanders by a tenth from minute to minute: of two ratios
+of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. All was
+measured with nothing running beside: attaching, files and merging with the newest code; the rest an evening before,
+since when dropout has lost writes to memory of no use (of 512 tokens a step with dropout took 0.96 of its time, side by
+side; a second run of all steps was of a noisier hour and is not shown). The machine is a virtual one whose speed wanders by a tenth from minute to minute: of two ratios
 that differ by less than a twentieth, neither is the better one.
 """
 
@@ -65,9 +66,10 @@ W (sparse ones pay from 256 tokens on) are most of what is added. With more toke
 DoRA's gain needs the layer's output before it for the magnitude's
 gradient: one tensor of the output's size is kept, and no more.""",
     "attach": """
-Import: what comes then beside torch is regex and 168 files of our own, together 0.09 s, and a full collection of
-garbage, another 0.08 s, which walks all of torch's objects and comes with whatever is imported after torch. All is
-compiled, as pip leaves what it installs. `import veneer` alone does not import torch at all.""",
+Switching is at its aim, give or take the noise; done again at once, it takes a third of this time. Import meets its
+aim in one run and misses it in the next: what comes beside torch is regex and 168 files of our own, together 0.09 s,
+and a full collection of garbage, another 0.08 s, which walks all of torch's objects and comes with whatever is imported
+after torch. All is compiled, as pip leaves what it installs. `import veneer` alone does not import torch at all.""",
     "adapter_files": """
 Saving: the file is flushed to the disk, read back and compared before it takes
 the old one's place, PEFT's is left to the system's cache; *file alone* is the writing of the same bytes without a
