@@ -37,7 +37,7 @@ def draw(figure: Figure, folder: Path) -> Path | None:
         places = [place for row in grid for place in row]
         for place, table in zip(places, tables, strict=False):
             (_lines if table.axis else _bars)(place, table)
-            place.set_title(textwrap.fill(table.title, 60), loc="left", fontsize=10, fontweight="bold")
+            place.set_title(textwrap.fill(table.title, 48), loc="left", fontsize=10, fontweight="bold")
         for place in places[len(tables) :]:
             place.set_axis_off()
         folder.mkdir(parents=True, exist_ok=True)
