@@ -31,9 +31,10 @@ process, in an order that moves on by one each round, so that what disturbs a ro
 median over the rounds, its spread the first and third quartile; a ratio is the median of the rounds' ratios. Every time
 of every round is in `benchmarks/results/`. An aim was set before the work began; one that is missed says so. All was
 measured with nothing running beside: attaching, files and merging with the newest code; the rest an evening before,
-since when dropout has lost writes to memory of no use (with 512 tokens, a step with dropout took 0.96 of its time, side
-by side; a second run of all steps was of a noisier hour and is not shown). The machine is a virtual one whose speed
-wanders by a tenth from minute to minute: of two ratios that differ by less than a twentieth, neither is the better one.
+since when dropout has lost writes to memory of no use (with 512 tokens, a step with dropout took 0.96 to 1.01 of its
+time, side by side in four runs; a second run of all steps was of a noisier hour and is not shown). The machine is a
+virtual one whose speed wanders by a tenth from minute to minute: of two ratios that differ by less than a twentieth,
+neither is the better one.
 """
 
 # For figures with a missed aim: what stands between them, and what was tried.
