@@ -127,3 +127,13 @@ def test_an_expert_is_judged_by_its_own_factors():
     A[0] *= 100
     B[1] *= 100  # another one's: no sum comes near the largest float16, and a bound over all would doubt it
     assert stays_finite(W, [(A, B, 2.0)])
+
+
+def test_factors_wider_than_the_sums_are_taken(monkeypatch):
+    """On a GPU sums are made in float32, and an adapter may be in float64."""
+    monkeypatch.setattr(rounded_sum, "exact_dtype", lambda weight: torch.float32)
+    W, (A, B) = weights(torch.bfloat16, turned=False), (factor.double() for factor in factors(seed=1))
+    out = torch.empty_like(W)
+    add_products(W, [(A, B, 2.0)], out)
+    assert stays_finite(W, [(A, B, 2.0)])
+    torch.testing.assert_close(out, (W.double() + 2 * B @ A).bfloat16())

@@ -52,7 +52,7 @@ def stays_finite(W_NOI: Tensor, products: Sequence[Product]) -> bool:
     low, high = W_NOI.detach().aminmax()
     bound = torch.maximum(-low, high).to(exact)
     for A_NRI, B_NOR, scale in products:
-        column_N = torch.linalg.vector_norm(A_NRI, dim=1, dtype=exact).amax(1)
-        row_N = torch.linalg.vector_norm(B_NOR, dim=2, dtype=exact).amax(1)
+        column_N = torch.linalg.vector_norm(A_NRI.to(exact), dim=1).amax(1)  # to: its own dtype would not narrow
+        row_N = torch.linalg.vector_norm(B_NOR.to(exact), dim=2).amax(1)
         bound = bound + abs(scale) * (column_N * row_N).amax()
     return bool(bound <= torch.finfo(W_NOI.dtype).max / 2)

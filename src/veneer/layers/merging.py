@@ -144,7 +144,7 @@ def _merged_weight(layer: Layer, parameter: str, adapters: Sequence[Adapter], or
 
 
 def _sum_in_blocks(W: Tensor, adapters: Sequence[Adapter]) -> Tensor | None:
-    """The weight with the adapters' updates, made a few rows at a time; None if it is no matrix in its place."""
+    """The weight with the adapters' updates, made some at a time; None if it is no matrix in its place."""
     merged, kind = torch.empty_like(W, requires_grad=False), adapters[0].kind
     place = kind.matrices_in(merged)
     if place.untyped_storage().data_ptr() != merged.untyped_storage().data_ptr():
